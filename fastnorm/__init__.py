@@ -1,0 +1,36 @@
+"""fastnorm: batch and layer normalization on NumPy arrays, fused, forward and backward."""
+
+from fastnorm._dispatch import BackendInfo, BackendUnavailableError, backends, use_backend
+from fastnorm._threads import get_num_threads, set_num_threads
+from fastnorm.ops.batchnorm import (
+    batchnorm_backward,
+    batchnorm_backward_apply,
+    batchnorm_backward_reduce,
+    batchnorm_forward,
+    spatial_batchnorm_backward,
+    spatial_batchnorm_forward,
+)
+from fastnorm.ops.layernorm import layernorm_backward, layernorm_forward
+from fastnorm.ops.statistics import Moments, moments, normalize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendInfo",
+    "BackendUnavailableError",
+    "Moments",
+    "backends",
+    "batchnorm_backward",
+    "batchnorm_backward_apply",
+    "batchnorm_backward_reduce",
+    "batchnorm_forward",
+    "get_num_threads",
+    "layernorm_backward",
+    "layernorm_forward",
+    "moments",
+    "normalize",
+    "set_num_threads",
+    "spatial_batchnorm_backward",
+    "spatial_batchnorm_forward",
+    "use_backend",
+]

@@ -1,0 +1,139 @@
+"""Which backend serves a call: the ordered list, lazy loading, refusal reasons, the choice."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import TracebackType
+from typing import NamedTuple, cast
+
+from fastnorm import _threads
+from fastnorm.backends import KernelTable
+
+# Best first: without a request the first one that loads serves. A new backend is one line here.
+_MODULES = {
+    "cpp": "fastnorm.backends.cpp",
+    "numba": "fastnorm.backends.numba_cpu",
+    "cuda": "fastnorm.backends.numba_cuda",
+    "numpy": "fastnorm.reference.kernels",
+}
+
+
+class BackendInfo(NamedTuple):
+    """A row of `backends()`."""
+
+    name: str
+    available: bool
+    reason: str
+    """Why it is not available; empty where it is."""
+
+
+class BackendUnavailableError(ValueError):
+    """A backend was asked for by name and cannot serve."""
+
+
+_loaded: dict[str, KernelTable] = {}
+_refused: dict[str, str] = {}
+_active: KernelTable | None = None
+
+
+def _load(name: str) -> KernelTable | None:
+    """The backend's table, imported on first use; None with the reason noted where it refuses."""
+    if name in _loaded:
+        return _loaded[name]
+    if name in _refused:
+        return None
+    module_name = _MODULES[name]
+    try:
+        table = cast(KernelTable, importlib.import_module(module_name))
+    except ModuleNotFoundError as error:
+        missing = error.name or str(error)
+        _refused[name] = (
+            "not part of this version"
+            if missing == module_name
+            else f"needs the module {missing!r}, which is not installed"
+        )
+        return None
+    except ImportError as error:
+        _refused[name] = str(error)
+        return None
+    _loaded[name] = table
+    _threads.subscribe(table.set_num_threads)
+    return table
+
+
+def _checked_name(name: str, argument: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected the name of a backend, got {name!r}")
+    if name not in _MODULES:
+        raise ValueError(f"{argument}: unknown backend {name!r}, expected one of {', '.join(_MODULES)}")
+    return name
+
+
+def _require(name: str, argument: str) -> KernelTable:
+    table = _load(_checked_name(name, argument))
+    if table is None:
+        raise BackendUnavailableError(f"{argument}: backend {name!r} is not available: {_refused[name]}")
+    return table
+
+
+def _default() -> KernelTable:
+    requested = os.environ.get("FASTNORM_BACKEND")
+    if requested:
+        return _require(requested, "FASTNORM_BACKEND")
+    for name in _MODULES:
+        table = _load(name)
+        if table is not None:
+            return table
+    raise BackendUnavailableError("no backend is available: " + "; ".join(f"{n}: {r}" for n, r in _refused.items()))
+
+
+def kernels(backend: str | None = None) -> KernelTable:
+    """The table that serves a call with this `backend` argument. A named one never falls back."""
+    global _active
+    if backend is not None:
+        return _require(backend, "backend")
+    if _active is None:
+        _active = _default()
+    return _active
+
+
+def name_of(table: KernelTable) -> str:
+    """The name under which a table is listed."""
+    return next(name for name, loaded in _loaded.items() if loaded is table)
+
+
+def backends() -> list[BackendInfo]:
+    """Every backend in order of preference, whether it can serve here, and if not, why."""
+    rows = []
+    for name in _MODULES:
+        available = _load(name) is not None
+        rows.append(BackendInfo(name, available, "" if available else _refused[name]))
+    return rows
+
+
+class use_backend:  # noqa: N801 (called like a function)
+    """Choose the backend of calls that name none: as a statement, or for the length of a `with`.
+
+        fastnorm.use_backend("numba")               # from here on
+        with fastnorm.use_backend("numpy"): ...     # within the block only
+
+    `None` returns to the default order (or FASTNORM_BACKEND). The choice holds for the whole process,
+    all threads included. Raises ValueError for an unknown name, BackendUnavailableError with the reason for
+    one that cannot serve; the choice is then as before.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _active
+        table = None if name is None else _require(name, "name")
+        self._before = _active
+        _active = table
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _active
+        _active = self._before

@@ -1,0 +1,392 @@
+"""Axes and strides to the canonical views that kernels see; dtype, contiguity and overlap rules.
+
+The only module that looks at strides. An array is *dense* when its elements fill one block of memory in
+some order of its axes: C order, Fortran order, NHWC memory under an NCHW shape, any permutation. A dense
+array needs no copy: for statistics over a set of axes only which memory runs belong together counts.
+Everything else (gaps, negative or zero strides, foreign byte order, integers) is packed once, into the
+output where it can serve as the buffer, since every kernel may run in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Axes = tuple[int, ...]
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+
+
+# ---- dtypes ---------------------------------------------------------------------------------------
+
+
+def _classify(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    if dtype.kind == "f" and dtype.itemsize in (2, 4, 8):
+        return dtype.newbyteorder("=")
+    if dtype.name == "bfloat16":  # ml_dtypes registers it with NumPy; there is no need to import it
+        return dtype
+    if dtype.kind in "biu":
+        return FLOAT64
+    return None
+
+
+_storage: dict[np.dtype[Any], np.dtype[Any] | None] = {}
+
+
+def storage_dtype(name: str, array: Array) -> np.dtype[Any]:
+    """The dtype in which an array's values are stored and its result returned; TypeError if there is none.
+
+    float16, bfloat16, float32 and float64 stay (in native byte order); integers and bools are promoted to
+    float64 as NumPy's mean does.
+    """
+    dtype = array.dtype
+    try:
+        found = _storage[dtype]
+    except KeyError:
+        found = _storage[dtype] = _classify(dtype)
+    if found is None:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32, float64, integers or bools, got dtype {dtype}")
+    return found
+
+
+def accumulation_dtype(storage: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of parameters and of arithmetic: float64 for float64, float32 for everything narrower."""
+    return FLOAT64 if storage is FLOAT64 or storage == FLOAT64 else FLOAT32
+
+
+def common_storage(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
+    """The storage in which two arrays meet without loss: theirs if equal, else float32 or float64."""
+    if first == second:
+        return first
+    return FLOAT64 if FLOAT64 in (first, second) else FLOAT32
+
+
+def as_array(name: str, value: Any) -> Array:
+    """`value` as a plain ndarray, without a copy where it is one; TypeError for what is not an array.
+
+    Lists and numbers are taken as NumPy takes them. Masked arrays are refused, since their mask would be
+    lost, and so are other libraries' arrays, since their kind would.
+    """
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: masked arrays are not supported, got {type(value).__name__}")
+    if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
+        return np.asarray(value)
+    raise TypeError(f"{name}: expected a NumPy array, got {type(value).__module__}.{type(value).__name__}")
+
+
+# ---- canonical views ------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """How a dense array looks to a kernel family."""
+
+    sizes: Any
+    """(outer, channels, inner) or (rows, cols)."""
+    memory: Axes
+    """The axes longer than one, outermost in memory first; equal for two arrays = same layout."""
+    stats: Axes | None
+    """Order in memory of the axes that statistics are indexed by, where not their index order."""
+    params: Axes | None
+    """The same for the axes that gamma and beta are indexed by."""
+
+
+ViewOf = Callable[[tuple[int, ...], tuple[int, ...], int, Axes], "View | None"]
+
+
+def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Axes | None:
+    """The axes longer than one by falling stride, or None where the array is not dense."""
+    order = sorted((axis for axis, n in enumerate(shape) if n != 1), key=lambda axis: -strides[axis])
+    expected = itemsize
+    for axis in reversed(order):
+        if strides[axis] != expected:
+            return None
+        expected *= shape[axis]
+    return tuple(order)
+
+
+def _permutation(wanted: Axes, axes: Axes, shape: tuple[int, ...]) -> Axes | None:
+    """Positions in `axes` in the order of `wanted` (axes of length one last); None for the identity."""
+    order = (*wanted, *(axis for axis in axes if shape[axis] == 1))
+    positions = tuple(axes.index(axis) for axis in order)
+    moved = [p for p in positions if shape[axes[p]] != 1]
+    return None if moved == sorted(moved) else positions
+
+
+def _product(shape: tuple[int, ...], axes: Axes) -> int:
+    return math.prod(shape[axis] for axis in axes)
+
+
+@lru_cache(maxsize=1024)
+def channel_view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, kept: Axes) -> View | None:
+    """(outer, channels, inner), one statistic for each element of the `kept` axes; None: needs packing.
+
+    The kept axes must lie side by side in memory. NCHW: (N, C, HW); NHWC memory: (NHW, C, 1);
+    a Fortran-ordered (N, D): (1, D, N).
+    """
+    order = _memory_order(shape, strides, itemsize)
+    if order is None:
+        return None
+    positions = [position for position, axis in enumerate(order) if axis in kept]
+    if not positions:  # one statistic for everything
+        return View((1, 1, math.prod(shape)), order, None, None)
+    first, last = positions[0], positions[-1] + 1
+    if len(positions) != last - first:
+        return None
+    permutation = _permutation(order[first:last], kept, shape)
+    sizes = (_product(shape, order[:first]), _product(shape, order[first:last]), _product(shape, order[last:]))
+    return View(sizes, order, permutation, permutation)
+
+
+@lru_cache(maxsize=1024)
+def row_view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, normalized: Axes) -> View | None:
+    """(rows, cols), a row for each element of the other axes; None where rows are not runs of memory."""
+    order = _memory_order(shape, strides, itemsize)
+    if order is None:
+        return None
+    others = tuple(axis for axis in range(len(shape)) if axis not in normalized)
+    split = len(order)
+    while split and order[split - 1] in normalized:
+        split -= 1
+    if any(axis in normalized for axis in order[:split]):
+        return None
+    return View(
+        (_product(shape, order[:split]), _product(shape, order[split:])),
+        order,
+        _permutation(order[:split], others, shape),
+        _permutation(order[split:], normalized, shape),
+    )
+
+
+def to_memory(indexed: Array | None, order: Axes | None, lengths: tuple[int, ...]) -> Any:
+    """Per-channel or per-row values in index order -> 1-D in the order of memory; None stays None."""
+    if order is None or indexed is None:
+        return indexed
+    return indexed.reshape(lengths).transpose(order).ravel()
+
+
+def to_index(flat: Array | None, order: Axes | None, lengths: tuple[int, ...]) -> Any:
+    """The inverse of `to_memory`."""
+    if order is None or flat is None:
+        return flat
+    indexed = np.empty(lengths, flat.dtype)
+    indexed.transpose(order)[...] = flat.reshape([lengths[axis] for axis in order])
+    return indexed.reshape(-1)
+
+
+# ---- buffers --------------------------------------------------------------------------------------
+
+
+class Buffers(NamedTuple):
+    """What one kernel call works on."""
+
+    view: View
+    inputs: Any
+    """The inputs as the kernel reads them: the caller's own where their layout allows."""
+    work: Array
+    """Where the kernel writes: `out`, or a dense stand-in for an `out` that a kernel cannot address."""
+    out: Array
+    """What the caller gets, once `deliver` has copied `work` where the two differ."""
+
+
+def _view(array: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> View | None:
+    """The array's view if a kernel of this dtype can address its memory as it is."""
+    if (array.dtype is not dtype and array.dtype != dtype) or not array.flags.aligned:
+        return None
+    return view_of(array.shape, array.strides, array.itemsize, axes)
+
+
+def buffers(
+    inputs: tuple[Array, ...], dtype: np.dtype[Any], out_dtype: np.dtype[Any], out: Array | None,
+    view_of: ViewOf, axes: Axes,
+) -> Buffers:  # fmt: skip
+    """Choose the memory of a call: no copy for dense arrays of one layout, else the fewest that serve.
+
+    The layout of the result is that of inputs[-1] (x). An input that a kernel cannot read in the layout
+    of `work` is packed: the first such into `work` itself, a further one into memory of its own.
+    """
+    x = inputs[-1]
+    if out is None:
+        out = np.empty_like(x, dtype=out_dtype, subok=False)
+    work = out
+    view = _view(work, dtype, view_of, axes)
+    if view is None:
+        work = np.empty_like(x, dtype=dtype, subok=False)
+        view = _view(work, dtype, view_of, axes)
+        if view is None:  # rows of a Fortran-ordered array, say
+            work, view = _packed_empty(x.shape, dtype, view_of, axes)
+    ready: list[Array] = []
+    work_taken = False
+    for array in inputs:
+        found = _view(array, dtype, view_of, axes)
+        if found is None or found.memory != view.memory:
+            target = np.empty_like(work) if work_taken else work
+            work_taken = True
+            np.copyto(target, array, casting="unsafe")
+            array = target
+        ready.append(array)
+    return Buffers(view, tuple(ready), work, out)
+
+
+def readable(inputs: tuple[Array, ...], dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> tuple[View, Any]:
+    """The inputs of a kernel that writes no array of their size, packed where their layouts do not fit."""
+    x = inputs[-1]
+    view = _view(x, dtype, view_of, axes)
+    if view is None:
+        packed, view = _packed_empty(x.shape, dtype, view_of, axes)
+        np.copyto(packed, x, casting="unsafe")
+        x = packed
+    ready: list[Array] = []
+    for array in inputs[:-1]:
+        found = _view(array, dtype, view_of, axes)
+        if found is None or found.memory != view.memory:
+            packed = np.empty_like(x)
+            np.copyto(packed, array, casting="unsafe")
+            array = packed
+        ready.append(array)
+    return view, (*ready, x)
+
+
+def _packed_empty(shape: tuple[int, ...], dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> tuple[Array, View]:
+    """An array of this shape whose memory has the given axes last, in index order."""
+    order = [axis for axis in range(len(shape)) if axis not in axes] + list(axes)
+    packed = np.empty([shape[axis] for axis in order], dtype).transpose(np.argsort(order))
+    view = view_of(packed.shape, packed.strides, packed.itemsize, axes)
+    assert view is not None
+    return packed, view
+
+
+def deliver(plan: Buffers) -> Array:
+    """The result where the caller expects it."""
+    if plan.work is not plan.out:
+        np.copyto(plan.out, plan.work, casting="unsafe")
+    return plan.out
+
+
+# ---- the caller's out -----------------------------------------------------------------------------
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether two elements may share memory: some axis does not step over all that lies inside it."""
+    extent = array.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < extent:
+            return True
+        extent += stride * (n - 1)
+    return False
+
+
+def checked_out(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], others: dict[str, Any], may_be: Array | None = None
+) -> Array:
+    """The caller's `out`, if a result of this shape and dtype can be written there.
+
+    It must overlap none of `others` (argument name -> array or None), except that it may be `may_be`
+    itself: the same elements in the same places.
+    """
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected a NumPy array, got {type(out).__module__}.{type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.dtype != dtype:
+        raise ValueError(f"out: expected dtype {dtype}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writable array, got a read-only one")
+    if _overlaps_itself(out):
+        raise ValueError(f"out: its elements overlap one another (shape {out.shape}, strides {out.strides})")
+    for name, other in others.items():
+        if not isinstance(other, np.ndarray) or not np.may_share_memory(out, other):
+            continue
+        if other is may_be and _same_elements(out, other):
+            continue
+        if _share_memory(out, other):
+            raise ValueError(f"out: overlaps {name}; expected memory of its own")
+    return out if type(out) is np.ndarray else out.view(np.ndarray)
+
+
+def _same_elements(first: Array, second: Array) -> bool:
+    return (
+        first.__array_interface__["data"][0] == second.__array_interface__["data"][0]
+        and first.strides == second.strides
+        and first.shape == second.shape
+        and first.dtype == second.dtype
+    )
+
+
+def _share_memory(first: Array, second: Array) -> bool:
+    try:
+        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]  # the stub knows only the two special values
+    except np.exceptions.TooHardError:  # assume the worst
+        return True
+
+
+# ---- parameters -----------------------------------------------------------------------------------
+
+
+def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the leading ones, which broadcasting ignores."""
+    start = 0
+    while start < len(shape) and shape[start] == 1:
+        start += 1
+    return shape[start:]
+
+
+@lru_cache(maxsize=1024)
+def fits_axes(given: tuple[int, ...], shape: tuple[int, ...], axes: Axes) -> bool:
+    """Whether a parameter of this shape has one element for each of these axes of `shape`.
+
+    Either it has just these axes, (C,), or it broadcasts against the array, (C, 1, 1) or (1, C, 1, 1).
+    """
+    alone = tuple(shape[axis] for axis in axes)
+    among = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
+    return _stripped(given) in (_stripped(alone), _stripped(among))
+
+
+def parameter(
+    name: str, value: Any, shape: tuple[int, ...], axes: Axes, dtype: np.dtype[Any]
+) -> tuple[Array | None, Array | None]:
+    """(as given, as the kernels want it: 1-D, contiguous, of `dtype`, in index order), or (None, None).
+
+    Raises ValueError where the shape does not fit the axes, TypeError for complex and other dtypes.
+    """
+    if value is None:
+        return None, None
+    given = as_array(name, value)
+    if not fits_axes(given.shape, shape, axes):
+        alone = tuple(shape[axis] for axis in axes)
+        raise ValueError(
+            f"{name}: expected {math.prod(alone)} elements of shape {alone} (or one that broadcasts to it "
+            f"over {shape}), got shape {given.shape}"
+        )
+    storage_dtype(name, given)
+    if given.dtype is dtype and given.ndim == 1 and given.flags.c_contiguous and given.flags.aligned:
+        return given, given
+    return given, np.require(given, dtype, ("C", "A")).reshape(-1)
+
+
+def gradient(total: Array | None, parameter: Array | None) -> Array | None:
+    """A parameter's gradient in its own shape and floating dtype (float64 for integers); None for None."""
+    if total is None or parameter is None:
+        return None
+    dtype = parameter.dtype if parameter.dtype.kind not in "biu" else FLOAT64
+    return total.astype(dtype).reshape(parameter.shape)
+
+
+# ---- axes -----------------------------------------------------------------------------------------
+
+
+def checked_axis(axis: Any, ndim: int, name: str = "axis") -> int:
+    """A single axis as a number from 0 to ndim - 1."""
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+        raise TypeError(f"{name}: expected a whole number, got {axis!r}")
+    number = int(axis.__index__())
+    if not -ndim <= number < ndim:
+        raise ValueError(f"{name}: expected from {-ndim} to {ndim - 1} for an array of {ndim} dimensions, got {number}")
+    return number % ndim

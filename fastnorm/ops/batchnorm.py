@@ -1,0 +1,268 @@
+"""Batch normalization (Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167).
+
+Statistics over every axis but the channel axis; n = x.size / channels values per channel:
+
+    mean = sum(x) / n
+    var  = sum((x - mean)^2) / n                     biased: divided by n, not n - 1
+    rstd = 1 / sqrt(var + eps)
+    xhat = (x - mean) * rstd
+    out  = gamma * xhat + beta
+
+Backward, with L the loss and dout = dL/dout:
+
+    dbeta  = sum(dout)
+    dgamma = sum(dout * xhat)
+    dx     = gamma * rstd * (dout - dbeta / n - xhat * dgamma / n)
+
+In test mode mean and var are the running statistics, constants: dx = gamma * rstd * dout.
+docs/maths.md derives each line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastnorm import _layout
+from fastnorm._dispatch import kernels
+from fastnorm._layout import Array
+from fastnorm.ops import _arguments
+from fastnorm.ops._arguments import Cache
+
+
+def _checked_x(x: Any, axis: int, *, name: str = "x") -> tuple[Array, tuple[int], int]:
+    """(x, (channel axis,), channels)"""
+    array = _layout.as_array(name, x)
+    if array.ndim < 2:
+        raise ValueError(f"{name}: expected at least 2 dimensions, (N, D) or (N, C, ...), got shape {array.shape}")
+    channel_axis = _layout.checked_axis(axis, array.ndim)
+    return array, (channel_axis,), array.shape[channel_axis]
+
+
+def _running(param: dict[str, Any], key: str, channels: int) -> Array | None:
+    """A running statistic as the caller stored it, if its length fits."""
+    value = param.get(key)
+    if value is None:
+        return None
+    array = _layout.as_array(key, value)
+    _layout.storage_dtype(key, array)
+    if array.size != channels:
+        raise ValueError(f"{key}: expected {channels} elements, one per channel of x, got shape {array.shape}")
+    return array
+
+
+def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
+    """momentum * running + (1 - momentum) * batch, in a new array of running's shape and dtype."""
+    if running is None:
+        return ((1.0 - momentum) * batch).astype(dtype)
+    mixed = momentum * running.reshape(-1).astype(np.float64) + (1.0 - momentum) * batch
+    kept = dtype if running.dtype.kind in "biu" else running.dtype
+    return mixed.astype(kept).reshape(running.shape)
+
+
+def batchnorm_forward(
+    x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
+    axis: int = 1, out: Array | None = None, backend: str | None = None,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """Normalize each channel over the batch: out = gamma * (x - mean) / sqrt(var + eps) + beta.
+
+    Parameters
+    ----------
+    x : array of (N, D), (N, C, L), (N, C, H, W), (N, C, D, H, W) or any shape of 2 dimensions or more
+        float16, bfloat16, float32 or float64, any strides; integers and bools are promoted to float64.
+    gamma, beta : arrays of one element per channel, or None
+        Scale and shift. Any shape that broadcasts: (C,), (1, C, 1, 1). None means 1 and 0.
+    bn_param : dict or None
+        mode : 'train' (default) uses the batch's statistics, 'test' the running ones.
+        eps : added to the variance, default 1e-5.
+        momentum : default 0.9; the weight of the *old* running statistics, from 0 to 1.
+        running_mean, running_var : one element per channel; in train mode new arrays are stored here,
+        running = momentum * running + (1 - momentum) * batch with the biased variance, starting from
+        zeros; test mode needs both. Any other key is an error.
+    axis : the channel axis; -1 for channels-last.
+    out : array to write to, of x's shape and result dtype. May be x itself in test mode.
+    backend : the name of a backend; None takes the one chosen by `use_backend` or the first available.
+
+    Returns
+    -------
+    out : array of x's shape, dtype and memory layout
+    cache : for `batchnorm_backward`; refers to x, copies nothing of its size.
+
+    Raises ValueError or TypeError, naming the argument, before anything is written.
+    """
+    table = kernels(backend)
+    x, axes, channels = _checked_x(x, axis)
+    param = _arguments.checked_param("bn_param", bn_param, _arguments.BN_KEYS)
+    mode = param.get("mode", "train")
+    if mode not in ("train", "test"):
+        raise ValueError(f"bn_param['mode']: expected 'train' or 'test', got {mode!r}")
+    eps = _arguments.checked_eps(param.get("eps", 1e-5))
+    momentum = _arguments.checked_momentum(param.get("momentum", 0.9))
+    running_mean = _running(param, "running_mean", channels)
+    running_var = _running(param, "running_var", channels)
+    dtype = _layout.storage_dtype("x", x)
+    accumulation = _layout.accumulation_dtype(dtype)
+    gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
+    beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
+    if out is not None:
+        others = {"x": x, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+        out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if mode == "test" else None)
+
+    if mode == "test":
+        if running_mean is None or running_var is None:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(f"bn_param['{missing}']: test mode needs running statistics, got none")
+        mean = running_mean.astype(np.float64).reshape(-1)
+        var = running_var.astype(np.float64).reshape(-1)
+    else:
+        mean = np.empty(channels)
+        var = np.empty(channels)
+
+    if x.size == 0:
+        result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
+        return result, Cache("batchnorm", x, gamma, beta, mean, var, eps, axes, mode == "test")
+
+    plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
+    (source,) = plan.inputs
+    outer, _, inner = plan.view.sizes
+    if mode == "test":
+        table.channel_apply(source, outer, channels, inner, mean, var, eps, scale, shift, plan.work)
+    else:
+        table.channel_forward(source, outer, channels, inner, scale, shift, eps, plan.work, mean, var)
+        if bn_param is not None:
+            bn_param["running_mean"] = _updated(running_mean, mean, momentum, accumulation)
+            bn_param["running_var"] = _updated(running_var, var, momentum, accumulation)
+    kept = None if out is not None and mode == "test" and np.may_share_memory(out, x) else x
+    return _layout.deliver(plan), Cache("batchnorm", kept, gamma, beta, mean, var, eps, axes, mode == "test")
+
+
+def batchnorm_backward(
+    dout: Any, cache: Cache, *, out: Array | None = None, backend: str | None = None
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of `batchnorm_forward`: dx = gamma*rstd*(dout - dbeta/n - xhat*dgamma/n).
+
+    Parameters
+    ----------
+    dout : array of x's shape, any real dtype and strides
+    cache : from `batchnorm_forward`, of any backend. One of test mode treats the statistics as constants.
+    out : array to write dx to, of x's shape and result dtype.
+    backend : as in `batchnorm_forward`.
+
+    Returns
+    -------
+    dx : array of x's shape, dtype and memory layout
+    dgamma, dbeta : sum(dout * xhat) and sum(dout), in the shape and dtype of gamma and beta; None where
+        gamma or beta was None.
+
+    Raises TypeError for what is not a cache, ValueError for another op's cache or a dout of another shape.
+    """
+    table = kernels(backend)
+    cache = _arguments.checked_cache(cache, "batchnorm")
+    x, gamma, beta, mean, var, eps = cache.x, cache.gamma, cache.beta, cache.mean, cache.var, cache.eps
+    if x is None:
+        raise ValueError("cache: test mode wrote its output over x, which this backward needs")
+    dout = _arguments.checked_dout(dout, x.shape)
+    x_dtype = _layout.storage_dtype("x", x)
+    dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
+    _, scale = _layout.parameter("gamma", gamma, x.shape, cache.axes, _layout.accumulation_dtype(dtype))
+    if out is not None:
+        out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
+
+    channels = mean.size
+    if x.size == 0:
+        sum_dout = sum_dout_xhat = np.zeros(channels)
+        dx = np.empty_like(x, dtype=x_dtype, subok=False) if out is None else out
+    else:
+        sum_dout, sum_dout_xhat = np.empty(channels), np.empty(channels)
+        plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes)
+        grad, source = plan.inputs
+        outer, _, inner = plan.view.sizes
+        if cache.frozen:
+            table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
+            zero = np.zeros(channels)
+            table.channel_apply(grad, outer, channels, inner, zero, var, eps, scale, None, plan.work)
+        else:
+            table.channel_backward(
+                grad, source, outer, channels, inner, mean, var, eps, scale, plan.work, sum_dout, sum_dout_xhat
+            )
+        dx = _layout.deliver(plan)
+    return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+
+
+def batchnorm_backward_reduce(
+    dout: Any, x: Any, mean: Any, var: Any, eps: float = 1e-5, *, axis: int = 1, backend: str | None = None
+) -> tuple[Array, Array]:
+    """First half of the backward: (sum(dout), sum(dout * xhat)) per channel, as float64 of (channels,).
+
+    They are dbeta and dgamma; summed over workers (with the merged mean and var) they are those of the
+    whole batch. x, axis, backend as in `batchnorm_forward`; mean, var one element per channel.
+    """
+    table = kernels(backend)
+    x, axes, channels = _checked_x(x, axis)
+    dout = _arguments.checked_dout(dout, x.shape)
+    dtype = _layout.common_storage(_layout.storage_dtype("x", x), _layout.storage_dtype("dout", dout))
+    mean = _arguments.per_channel("mean", mean, channels)
+    var = _arguments.per_channel("var", var, channels)
+    eps = _arguments.checked_eps(eps)
+    sum_dout, sum_dout_xhat = np.zeros(channels), np.zeros(channels)
+    if x.size:
+        view, (grad, source) = _layout.readable((dout, x), dtype, _layout.channel_view, axes)
+        outer, _, inner = view.sizes
+        table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
+    return sum_dout, sum_dout_xhat
+
+
+def batchnorm_backward_apply(
+    dout: Any, x: Any, mean: Any, var: Any, gamma: Any, sum_dout: Any, sum_dout_xhat: Any, count: float,
+    eps: float = 1e-5, *, axis: int = 1, out: Array | None = None, backend: str | None = None,
+) -> Array:  # fmt: skip
+    """Second half of the backward: dx = gamma*rstd*(dout - sum_dout/count - xhat*sum_dout_xhat/count).
+
+    count is the number of values per channel that the sums ran over, all workers together. The rest as in
+    `batchnorm_backward_reduce` and `batchnorm_forward`.
+    """
+    table = kernels(backend)
+    x, axes, channels = _checked_x(x, axis)
+    dout = _arguments.checked_dout(dout, x.shape)
+    x_dtype = _layout.storage_dtype("x", x)
+    dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
+    mean = _arguments.per_channel("mean", mean, channels)
+    var = _arguments.per_channel("var", var, channels)
+    sum_dout = _arguments.per_channel("sum_dout", sum_dout, channels)
+    sum_dout_xhat = _arguments.per_channel("sum_dout_xhat", sum_dout_xhat, channels)
+    count = _arguments.checked_count(count)
+    eps = _arguments.checked_eps(eps)
+    gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, _layout.accumulation_dtype(dtype))
+    if out is not None:
+        out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
+    if x.size == 0:
+        return np.empty_like(x, dtype=x_dtype, subok=False) if out is None else out
+    plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, axes)
+    grad, source = plan.inputs
+    outer, _, inner = plan.view.sizes
+    table.channel_backward_apply(
+        grad, source, outer, channels, inner, mean, var, eps, scale, sum_dout, sum_dout_xhat, count, plan.work
+    )
+    return _layout.deliver(plan)
+
+
+def spatial_batchnorm_forward(
+    x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
+    axis: int = 1, out: Array | None = None, backend: str | None = None,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """`batchnorm_forward` for images, CS231n's name: x of (N, C, H, W), or (N, H, W, C) with axis=-1.
+
+    Raises ValueError where x does not have 4 dimensions.
+    """
+    array = _layout.as_array("x", x)
+    if array.ndim != 4:
+        raise ValueError(f"x: expected 4 dimensions (N, C, H, W), got shape {array.shape}")
+    return batchnorm_forward(array, gamma, beta, bn_param, axis=axis, out=out, backend=backend)
+
+
+def spatial_batchnorm_backward(
+    dout: Any, cache: Cache, *, out: Array | None = None, backend: str | None = None
+) -> tuple[Array, Array | None, Array | None]:
+    """`batchnorm_backward` under CS231n's name for images."""
+    return batchnorm_backward(dout, cache, out=out, backend=backend)

@@ -1,0 +1,184 @@
+"""The kernel contract in NumPy, float64 inside: the backend 'numpy', and the truth the others are held to.
+
+Every function walks over blocks of about a megabyte, so that no float64 copy of a whole array exists.
+Formulas are those of `KernelTable`, written on blocks of (outer, channels, inner); a row is a channel of
+(1, rows, cols).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastnorm.backends import Array, flat
+
+BLOCK = 1 << 17
+"""Elements a block: its float64 copy is 1 MB."""
+
+
+def _blocks(outer: int, channels: int, inner: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices that cut (outer, channels, inner) into blocks of at most BLOCK elements.
+
+    Whole channels first, then pieces of outer, then pieces of inner: the order of merging, given by the
+    sizes alone.
+    """
+    inner_step = min(inner, BLOCK)
+    outer_step = min(outer, max(1, BLOCK // inner_step))
+    channel_step = min(channels, max(1, BLOCK // (inner_step * outer_step)))
+    for c in range(0, channels, channel_step):
+        for o in range(0, outer, outer_step):
+            for i in range(0, inner, inner_step):
+                yield slice(o, o + outer_step), slice(c, c + channel_step), slice(i, i + inner_step)
+
+
+def _rstd(var: Array, eps: float) -> Array:
+    """1/sqrt(var + eps), and 0 where var + eps is 0: a constant then gives beta."""
+    total = var + eps
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(total == 0.0, 0.0, 1.0 / np.sqrt(total))
+
+
+def _column(values: Array | None, channels: slice, absent: float) -> Any:
+    """Per-channel values of a block, to broadcast along its outer and inner axes."""
+    return absent if values is None else values[channels].astype(np.float64)[None, :, None]
+
+
+def channel_moments(x: Array, outer: int, channels: int, inner: int, mean: Array, var: Array) -> None:
+    x = flat(x).reshape(outer, channels, inner)
+    count = np.zeros(channels)
+    mean[:] = 0.0
+    var[:] = 0.0  # holds the sum of centred squares until the end
+    with np.errstate(invalid="ignore", over="ignore"):
+        for o, c, i in _blocks(outer, channels, inner):
+            block = x[o, c, i].astype(np.float64)
+            n = block.shape[0] * block.shape[2]
+            pivot = block[:1, :, :1].copy()  # makes the mean of a constant exact
+            block -= pivot
+            block_mean = block.sum(axis=(0, 2), keepdims=True) / n
+            block -= block_mean
+            squares = (block * block).sum(axis=(0, 2))
+            delta = (pivot + block_mean).reshape(-1) - mean[c]  # Chan's merge
+            total = count[c] + n
+            var[c] += squares + np.where(count[c] > 0, delta * delta * (count[c] * n / total), 0.0)
+            mean[c] += delta * (n / total)
+            count[c] = total
+    var /= count
+
+
+def channel_apply(
+    x: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, eps: float, gamma: Array | None, beta: Array | None, y: Array,
+) -> None:  # fmt: skip
+    x, y = (flat(a).reshape(outer, channels, inner) for a in (x, y))
+    rstd = _rstd(var, eps)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for o, c, i in _blocks(outer, channels, inner):
+            block = x[o, c, i].astype(np.float64)
+            block -= _column(mean, c, 0.0)
+            block *= _column(rstd, c, 1.0)
+            block *= _column(gamma, c, 1.0)
+            block += _column(beta, c, 0.0)
+            y[o, c, i] = block
+
+
+def channel_forward(
+    x: Array, outer: int, channels: int, inner: int,
+    gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    channel_moments(x, outer, channels, inner, mean, var)
+    channel_apply(x, outer, channels, inner, mean, var, eps, gamma, beta, y)
+
+
+def channel_backward_reduce(
+    dy: Array, x: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, eps: float, sum_dy: Array, sum_dy_xhat: Array,
+) -> None:  # fmt: skip
+    dy, x = (flat(a).reshape(outer, channels, inner) for a in (dy, x))
+    rstd = _rstd(var, eps)
+    sum_dy[:] = 0.0
+    sum_dy_xhat[:] = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for o, c, i in _blocks(outer, channels, inner):
+            grad = dy[o, c, i].astype(np.float64)
+            xhat = (x[o, c, i].astype(np.float64) - _column(mean, c, 0.0)) * _column(rstd, c, 1.0)
+            sum_dy[c] += grad.sum(axis=(0, 2))
+            sum_dy_xhat[c] += (grad * xhat).sum(axis=(0, 2))
+
+
+def channel_backward_apply(
+    dy: Array, x: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, eps: float, gamma: Array | None,
+    sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+) -> None:  # fmt: skip
+    dy, x, dx = (flat(a).reshape(outer, channels, inner) for a in (dy, x, dx))
+    rstd = _rstd(var, eps)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for o, c, i in _blocks(outer, channels, inner):
+            grad = dy[o, c, i].astype(np.float64)
+            xhat = (x[o, c, i].astype(np.float64) - _column(mean, c, 0.0)) * _column(rstd, c, 1.0)
+            grad -= _column(sum_dy, c, 0.0) / count
+            grad -= xhat * (_column(sum_dy_xhat, c, 0.0) / count)
+            dx[o, c, i] = grad * _column(rstd, c, 1.0) * _column(gamma, c, 1.0)
+
+
+def channel_backward(
+    dy: Array, x: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, eps: float, gamma: Array | None,
+    dx: Array, sum_dy: Array, sum_dy_xhat: Array,
+) -> None:  # fmt: skip
+    shape = outer, channels, inner
+    channel_backward_reduce(dy, x, *shape, mean, var, eps, sum_dy, sum_dy_xhat)
+    channel_backward_apply(dy, x, *shape, mean, var, eps, gamma, sum_dy, sum_dy_xhat, float(outer * inner), dx)
+
+
+def row_forward(
+    x: Array, rows: int, cols: int,
+    gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    channel_moments(x, 1, rows, cols, mean, var)
+    x, y = (flat(a).reshape(rows, cols) for a in (x, y))
+    rstd = _rstd(var, eps)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for _, r, k in _blocks(1, rows, cols):
+            block = (x[r, k].astype(np.float64) - mean[r, None]) * rstd[r, None]
+            if gamma is not None:
+                block *= gamma[k]
+            if beta is not None:
+                block += beta[k]
+            y[r, k] = block
+
+
+def row_backward(
+    dy: Array, x: Array, rows: int, cols: int,
+    mean: Array, var: Array, eps: float, gamma: Array | None,
+    dx: Array, dgamma: Array | None, dbeta: Array | None,
+) -> None:  # fmt: skip
+    dy, x, dx = (flat(a).reshape(rows, cols) for a in (dy, x, dx))
+    rstd = _rstd(var, eps)
+    mean_g, mean_g_xhat = np.zeros(rows), np.zeros(rows)
+    for total in (dgamma, dbeta):
+        if total is not None:
+            total[:] = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for _, r, k in _blocks(1, rows, cols):
+            grad = dy[r, k].astype(np.float64)
+            xhat = (x[r, k].astype(np.float64) - mean[r, None]) * rstd[r, None]
+            if dgamma is not None and dbeta is not None:
+                dgamma[k] += (grad * xhat).sum(axis=0)
+                dbeta[k] += grad.sum(axis=0)
+            if gamma is not None:
+                grad *= gamma[k]
+            mean_g[r] += grad.sum(axis=1) / cols
+            mean_g_xhat[r] += (grad * xhat).sum(axis=1) / cols
+        for _, r, k in _blocks(1, rows, cols):
+            grad = dy[r, k].astype(np.float64)
+            xhat = (x[r, k].astype(np.float64) - mean[r, None]) * rstd[r, None]
+            if gamma is not None:
+                grad *= gamma[k]
+            dx[r, k] = (grad - mean_g[r, None] - xhat * mean_g_xhat[r, None]) * rstd[r, None]
+
+
+def set_num_threads(count: int) -> None:
+    """NumPy's loops run on one thread whatever the count."""
