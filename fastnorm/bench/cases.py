@@ -1,0 +1,299 @@
+"""The case table: every op, the layouts it takes, and how inputs for it are made. One row an op.
+
+Tests and benchmarks both build their cases from here, so a new op is measured and tested by adding its
+row to `OPS` (its functions follow from its name: `<op>_forward`, `<op>_backward`, and where they exist
+`<op>_forward_staged`, `<op>_backward_staged`, `<op>_backward_alt`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+import fastnorm
+from fastnorm.backends import Array
+
+Shape = tuple[int, ...]
+Direction = Literal["forward", "backward"]
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# The traffic that no implementation can avoid, in arrays of x's size. Parameters and statistics are left
+# out: they are one element for each channel, row or column.
+#
+#   forward    read x, write y                2
+#   backward   read dout, read x, write dx    3
+#
+# GB/s and shares of the floor are these bytes over the time, whatever an implementation really moves.
+ARRAYS_MOVED: dict[Direction, int] = {"forward": 2, "backward": 3}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the axes of an array are meant, and how they lie in memory."""
+
+    label: str
+    ndim: int
+    axis: int
+    """The `axis` argument of the op."""
+    memory: tuple[int, ...] | None = None
+    """The axes from the outermost in memory to the innermost; None for C order."""
+
+
+CHANNEL_LAYOUTS = (
+    Layout("ND", 2, 1),
+    Layout("ND fortran", 2, 1, (1, 0)),
+    Layout("NCL", 3, 1),
+    Layout("NCHW", 4, 1),
+    Layout("NHWC", 4, 1, (0, 2, 3, 1)),  # an NCHW shape over channels-last memory, PyTorch's memory_format
+    Layout("channels-last", 4, -1),  # the shape says (N, H, W, C) too
+    Layout("NCDHW", 5, 1),
+)
+ROW_LAYOUTS = (
+    Layout("ND", 2, -1),
+    Layout("ND fortran", 2, -1, (1, 0)),
+    Layout("NLD", 3, -1),
+    Layout("N(CHW)", 4, 1),  # each sample over all of its axes
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation of the library. Its functions follow from its name."""
+
+    name: str
+    family: Literal["channel", "row"]
+    """channel: statistics over every axis but one; row: over the axes from one on."""
+    layouts: tuple[Layout, ...]
+
+    @property
+    def forward(self) -> Callable[..., tuple[Array, Any]]:
+        function: Callable[..., tuple[Array, Any]] = getattr(fastnorm, f"{self.name}_forward")
+        return function
+
+    @property
+    def backward(self) -> Callable[..., tuple[Array, Array | None, Array | None]]:
+        function: Callable[..., tuple[Array, Array | None, Array | None]] = getattr(fastnorm, f"{self.name}_backward")
+        return function
+
+    @property
+    def forward_staged(self) -> Callable[..., tuple[Array, Any]] | None:
+        return getattr(fastnorm, f"{self.name}_forward_staged", None)
+
+    @property
+    def backward_staged(self) -> Callable[..., tuple[Array, Array | None, Array | None]] | None:
+        return getattr(fastnorm, f"{self.name}_backward_staged", None)
+
+    @property
+    def backward_alt(self) -> Callable[..., tuple[Array, Array | None, Array | None]] | None:
+        return getattr(fastnorm, f"{self.name}_backward_alt", None)
+
+    def layout(self, label: str) -> Layout:
+        return next(layout for layout in self.layouts if layout.label == label)
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("batchnorm", "channel", CHANNEL_LAYOUTS),
+        Op("layernorm", "row", ROW_LAYOUTS),
+    )
+}
+
+
+class Inputs(NamedTuple):
+    x: Array
+    gamma: Array
+    beta: Array
+    dout: Array
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape, layout and dtype."""
+
+    op: Op
+    layout: Layout
+    shape: Shape
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != self.layout.ndim:
+            raise ValueError(f"shape: expected {self.layout.ndim} axes for {self.layout.label}, got {self.shape}")
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {self.label} {self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.layout.label} {'x'.join(map(str, self.shape))}"
+
+    @property
+    def axis(self) -> int:
+        return self.layout.axis
+
+    @property
+    def kept_axes(self) -> tuple[int, ...]:
+        """The axes that index the statistics."""
+        axis = self.axis % len(self.shape)
+        return (axis,) if self.op.family == "channel" else tuple(range(axis))
+
+    @property
+    def reduced_axes(self) -> tuple[int, ...]:
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.kept_axes)
+
+    @property
+    def reduction(self) -> int:
+        """The number of values behind each statistic."""
+        return math.prod(self.shape[axis] for axis in self.reduced_axes)
+
+    @property
+    def parameter_shape(self) -> Shape:
+        return tuple(
+            self.shape[axis] for axis in (self.kept_axes if self.op.family == "channel" else self.reduced_axes)
+        )
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * dtype_of(self.dtype).itemsize
+
+    def bytes_moved(self, direction: Direction) -> int:
+        return ARRAYS_MOVED[direction] * self.nbytes
+
+    def inputs(self, seed: int = 0, *, offset: float = 2.0) -> Inputs:
+        """Inputs that depend on the case's shape and the seed alone.
+
+        x is normal with a mean and a spread of its own for each channel or row (means normal with deviation
+        `offset`, spreads from 0.5 to 2): never zeros, and a wrong mean shows. dout is standard normal,
+        gamma and beta lie around 1 and 0. Parameters are float32, float64 for float64 x.
+        """
+        dtype = dtype_of(self.dtype)
+        parameters = np.float64 if self.dtype == "float64" else np.float32
+        rng = np.random.default_rng([seed, *self.shape])
+        statistic_shape = [n if axis in self.kept_axes else 1 for axis, n in enumerate(self.shape)]
+        means = (offset * rng.standard_normal(statistic_shape)).astype(np.float32)
+        spreads = rng.uniform(0.5, 2.0, statistic_shape).astype(np.float32)
+        x = self._in_layout(rng)
+        x *= spreads
+        x += means
+        gamma = (1.0 + 0.25 * rng.standard_normal(self.parameter_shape)).astype(parameters)
+        beta = (0.5 * rng.standard_normal(self.parameter_shape)).astype(parameters)
+        return Inputs(x.astype(dtype, copy=False), gamma, beta, self._in_layout(rng).astype(dtype, copy=False))
+
+    def empty(self) -> Array:
+        """An output for this case, in x's layout, its pages already there."""
+        array = self._arranged(np.empty(self.size, dtype_of(self.dtype)))
+        array.fill(0)
+        return array
+
+    def _in_layout(self, rng: np.random.Generator) -> Array:
+        return self._arranged(_normal(rng, self.size))
+
+    def _arranged(self, values: Array) -> Array:
+        """1-D values as an array of this shape and layout over the same memory."""
+        order = self.layout.memory or tuple(range(len(self.shape)))
+        return values.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order))
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of this name; bfloat16 comes from ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
+
+
+_CHUNK = 1 << 20
+
+
+def _normal(rng: np.random.Generator, size: int) -> Array:
+    """Standard normal float32, drawn in chunks with streams of their own so that threads can share it."""
+    values = np.empty(size, np.float32)
+    chunks = [values[start : start + _CHUNK] for start in range(0, size, _CHUNK)]
+    if len(chunks) == 1:
+        return rng.standard_normal(out=values, dtype=np.float32)
+    with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda pair: pair[0].standard_normal(out=pair[1], dtype=np.float32),
+                      zip(rng.spawn(len(chunks)), chunks, strict=True)))  # fmt: skip
+    return values
+
+
+# ---- the sets of cases ----------------------------------------------------------------------------
+
+MEGABYTE = 1 << 20
+
+
+def report_cases(size: int = 256, ops: Sequence[str] = tuple(OPS), dtype: str = "float32") -> list[Case]:
+    """The cases of `python -m fastnorm bench`: x of about `size` megabytes as (N, D), 3/8 of it elsewhere.
+
+    At 256 MB: a (65536, 1024) batch; a ResNet-50 activation of 56x56 with 256 channels at batch 32, as
+    NCHW and as NHWC; 32768 tokens of a transformer 768 wide.
+    """
+    budget = size * MEGABYTE // dtype_of(dtype).itemsize
+
+    def samples(share: float, per_sample: int, multiple: int = 1) -> int:
+        return max(1, math.ceil(share * budget / (per_sample * multiple))) * multiple
+
+    images = (samples(3 / 8, 256 * 56 * 56), 256, 56, 56)
+    shapes: dict[str, tuple[tuple[str, Shape], ...]] = {
+        "channel": (("ND", (samples(1, 1024, 64), 1024)), ("NCHW", images), ("NHWC", images)),
+        "row": (("ND", (samples(3 / 8, 768, 64), 768)),),
+    }
+    return [
+        Case(op, op.layout(layout), shape, dtype)
+        for op in OPS.values()
+        if op.name in ops
+        for layout, shape in shapes[op.family]
+    ]
+
+
+# The shapes of the pytest-benchmark suites: (family, layout, shape, whether in the default set). Images are
+# ResNet-50's, rows those of transformers; the smallest show the cost of a call.
+_SUITE: tuple[tuple[str, str, Shape, bool], ...] = (
+    ("channel", "ND", (4, 8), True),
+    ("channel", "ND", (100, 50), False),
+    ("channel", "ND", (256, 1024), True),
+    ("channel", "ND", (2048, 2048), False),
+    ("channel", "ND", (256, 8192), False),
+    ("channel", "ND", (16384, 1024), True),
+    ("channel", "ND", (65536, 64), False),
+    ("channel", "ND", (40000, 512), False),
+    ("channel", "NCHW", (8, 64, 112, 112), False),
+    ("channel", "NCHW", (16, 256, 56, 56), True),
+    ("channel", "NCHW", (16, 512, 28, 28), False),
+    ("channel", "NCHW", (50, 1024, 14, 14), False),
+    ("channel", "NCHW", (50, 2048, 7, 7), False),
+    ("channel", "NHWC", (8, 64, 112, 112), False),
+    ("channel", "NHWC", (16, 256, 56, 56), True),
+    ("channel", "NHWC", (50, 1024, 14, 14), False),
+    ("row", "ND", (4, 8), True),
+    ("row", "ND", (65536, 128), False),
+    ("row", "ND", (4096, 768), True),
+    ("row", "ND", (16384, 1024), True),
+    ("row", "ND", (4096, 4096), False),
+    ("row", "ND", (64, 262144), False),
+)
+
+
+def suite_cases(*, full: bool = False, dtypes: Sequence[str] = ("float32",)) -> list[Case]:
+    """The cases of the suites in bench/: a few sizes and kinds, or with `full` every shape."""
+    return [
+        Case(op, op.layout(layout), shape, dtype)
+        for dtype in dtypes
+        for op in OPS.values()
+        for family, layout, shape, default in _SUITE
+        if op.family == family and (full or default)
+    ]
