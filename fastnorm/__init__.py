@@ -2,6 +2,7 @@
 
 from fastnorm._dispatch import BackendInfo, BackendUnavailableError, backends, use_backend
 from fastnorm._threads import get_num_threads, set_num_threads
+from fastnorm.ops.alt import batchnorm_backward_alt, layernorm_backward_alt
 from fastnorm.ops.batchnorm import (
     batchnorm_backward,
     batchnorm_backward_apply,
@@ -11,6 +12,12 @@ from fastnorm.ops.batchnorm import (
     spatial_batchnorm_forward,
 )
 from fastnorm.ops.layernorm import layernorm_backward, layernorm_forward
+from fastnorm.ops.staged import (
+    batchnorm_backward_staged,
+    batchnorm_forward_staged,
+    layernorm_backward_staged,
+    layernorm_forward_staged,
+)
 from fastnorm.ops.statistics import Moments, moments, normalize
 
 __version__ = "0.1.0"
@@ -21,12 +28,18 @@ __all__ = [
     "Moments",
     "backends",
     "batchnorm_backward",
+    "batchnorm_backward_alt",
     "batchnorm_backward_apply",
     "batchnorm_backward_reduce",
+    "batchnorm_backward_staged",
     "batchnorm_forward",
+    "batchnorm_forward_staged",
     "get_num_threads",
     "layernorm_backward",
+    "layernorm_backward_alt",
+    "layernorm_backward_staged",
     "layernorm_forward",
+    "layernorm_forward_staged",
     "moments",
     "normalize",
     "set_num_threads",

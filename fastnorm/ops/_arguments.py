@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnorm._layout import Array, Axes, as_array, storage_dtype
+from fastnorm._layout import Array, Axes, as_array, checked_axis, storage_dtype
 
 BN_KEYS = frozenset({"mode", "eps", "momentum", "running_mean", "running_var"})
 LN_KEYS = frozenset({"mode", "eps"})
@@ -38,13 +38,21 @@ class Cache(NamedTuple):
 def checked_cache(cache: Any, op: str) -> Cache:
     """The cache, if it is one that this op's forward returned."""
     if not isinstance(cache, Cache):
-        raise TypeError(f"cache: expected what {op}_forward returned, got {_described(cache)}")
+        raise TypeError(f"cache: expected what {op}_forward returned, got {described(cache)}")
     if cache.op != op:
         raise ValueError(f"cache: expected one of {op}_forward, got one of {cache.op}_forward")
     return cache
 
 
-def _described(value: Any) -> str:
+def cached_x(cache: Cache) -> Array:
+    """The x that a backward needs."""
+    if cache.x is None:
+        raise ValueError("cache: test mode wrote its output over x, which this backward needs")
+    return cache.x
+
+
+def described(value: Any) -> str:
+    """What a message says of a value of the wrong type."""
     return "None" if value is None else f"an object of type {type(value).__name__}"
 
 
@@ -111,3 +119,103 @@ def checked_count(count: Any) -> float:
     if not 0.0 < number < math.inf:
         raise ValueError(f"count: expected a finite number above 0, got {number}")
     return number
+
+
+# ---- batchnorm ------------------------------------------------------------------------------------
+
+
+def batchnorm_x(x: Any, axis: int) -> tuple[Array, tuple[int], int]:
+    """(x, (channel axis,), channels)"""
+    array = as_array("x", x)
+    if array.ndim < 2:
+        raise ValueError(f"x: expected at least 2 dimensions, (N, D) or (N, C, ...), got shape {array.shape}")
+    channel_axis = checked_axis(axis, array.ndim)
+    return array, (channel_axis,), array.shape[channel_axis]
+
+
+class BatchnormOptions(NamedTuple):
+    """A `bn_param`, read and checked."""
+
+    frozen: bool
+    """Test mode: mean and var are the running statistics."""
+    eps: float
+    momentum: float
+    running_mean: Array | None
+    """As the caller stored it; running_var likewise. Never None in test mode."""
+    running_var: Array | None
+
+
+def batchnorm_options(bn_param: Any, channels: int) -> BatchnormOptions:
+    """The options of a batchnorm over this many channels."""
+    param = checked_param("bn_param", bn_param, BN_KEYS)
+    mode = param.get("mode", "train")
+    if not isinstance(mode, str) or mode not in ("train", "test"):
+        raise ValueError(f"bn_param['mode']: expected 'train' or 'test', got {mode!r}")
+    options = BatchnormOptions(
+        mode == "test",
+        checked_eps(param.get("eps", 1e-5)),
+        checked_momentum(param.get("momentum", 0.9)),
+        _running(param, "running_mean", channels),
+        _running(param, "running_var", channels),
+    )
+    if options.frozen and (options.running_mean is None or options.running_var is None):
+        missing = "running_mean" if options.running_mean is None else "running_var"
+        raise ValueError(f"bn_param['{missing}']: test mode needs running statistics, got none")
+    return options
+
+
+def _running(param: dict[str, Any], key: str, channels: int) -> Array | None:
+    """A running statistic as the caller stored it, if its length fits."""
+    value = param.get(key)
+    if value is None:
+        return None
+    array = as_array(key, value)
+    storage_dtype(key, array)
+    if array.size != channels:
+        raise ValueError(f"{key}: expected {channels} elements, one per channel of x, got shape {array.shape}")
+    return array
+
+
+def constants(options: BatchnormOptions) -> tuple[Array, Array]:
+    """Test mode's mean and var: copies of the running statistics as 1-D float64."""
+    assert options.running_mean is not None
+    assert options.running_var is not None
+    return options.running_mean.astype(np.float64).reshape(-1), options.running_var.astype(np.float64).reshape(-1)
+
+
+def store_running(
+    bn_param: dict[str, Any], options: BatchnormOptions, mean: Array, var: Array, dtype: np.dtype[Any]
+) -> None:
+    """Put running = momentum * running + (1 - momentum) * batch into bn_param.
+
+    New arrays, in the shape and dtype that the caller's have; where there are none yet, from zeros, in `dtype`.
+    """
+    for key, running, batch in (
+        ("running_mean", options.running_mean, mean),
+        ("running_var", options.running_var, var),
+    ):
+        bn_param[key] = _updated(running, batch.reshape(-1), options.momentum, dtype)
+
+
+def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
+    if running is None:
+        return ((1.0 - momentum) * batch).astype(dtype)
+    mixed = momentum * running.reshape(-1).astype(np.float64) + (1.0 - momentum) * batch
+    kept = dtype if running.dtype.kind in "biu" else running.dtype
+    return mixed.astype(kept).reshape(running.shape)
+
+
+# ---- layernorm ------------------------------------------------------------------------------------
+
+
+def layernorm_x(x: Any, axis: int) -> tuple[Array, Axes]:
+    """(x, the normalized axes)"""
+    array = as_array("x", x)
+    if array.ndim < 1:
+        raise ValueError("x: expected at least 1 dimension, got a scalar")
+    return array, tuple(range(checked_axis(axis, array.ndim), array.ndim))
+
+
+def layernorm_eps(ln_param: Any) -> float:
+    """The one option of layernorm."""
+    return checked_eps(checked_param("ln_param", ln_param, LN_KEYS).get("eps", 1e-5))

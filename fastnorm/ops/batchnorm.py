@@ -31,36 +31,6 @@ from fastnorm.ops import _arguments
 from fastnorm.ops._arguments import Cache
 
 
-def _checked_x(x: Any, axis: int, *, name: str = "x") -> tuple[Array, tuple[int], int]:
-    """(x, (channel axis,), channels)"""
-    array = _layout.as_array(name, x)
-    if array.ndim < 2:
-        raise ValueError(f"{name}: expected at least 2 dimensions, (N, D) or (N, C, ...), got shape {array.shape}")
-    channel_axis = _layout.checked_axis(axis, array.ndim)
-    return array, (channel_axis,), array.shape[channel_axis]
-
-
-def _running(param: dict[str, Any], key: str, channels: int) -> Array | None:
-    """A running statistic as the caller stored it, if its length fits."""
-    value = param.get(key)
-    if value is None:
-        return None
-    array = _layout.as_array(key, value)
-    _layout.storage_dtype(key, array)
-    if array.size != channels:
-        raise ValueError(f"{key}: expected {channels} elements, one per channel of x, got shape {array.shape}")
-    return array
-
-
-def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
-    """momentum * running + (1 - momentum) * batch, in a new array of running's shape and dtype."""
-    if running is None:
-        return ((1.0 - momentum) * batch).astype(dtype)
-    mixed = momentum * running.reshape(-1).astype(np.float64) + (1.0 - momentum) * batch
-    kept = dtype if running.dtype.kind in "biu" else running.dtype
-    return mixed.astype(kept).reshape(running.shape)
-
-
 def batchnorm_forward(
     x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
     axis: int = 1, out: Array | None = None, backend: str | None = None,
@@ -92,49 +62,37 @@ def batchnorm_forward(
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
     table = kernels(backend)
-    x, axes, channels = _checked_x(x, axis)
-    param = _arguments.checked_param("bn_param", bn_param, _arguments.BN_KEYS)
-    mode = param.get("mode", "train")
-    if mode not in ("train", "test"):
-        raise ValueError(f"bn_param['mode']: expected 'train' or 'test', got {mode!r}")
-    eps = _arguments.checked_eps(param.get("eps", 1e-5))
-    momentum = _arguments.checked_momentum(param.get("momentum", 0.9))
-    running_mean = _running(param, "running_mean", channels)
-    running_var = _running(param, "running_var", channels)
+    x, axes, channels = _arguments.batchnorm_x(x, axis)
+    options = _arguments.batchnorm_options(bn_param, channels)
+    frozen, eps, _, running_mean, running_var = options
     dtype = _layout.storage_dtype("x", x)
     accumulation = _layout.accumulation_dtype(dtype)
     gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
     beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
     if out is not None:
         others = {"x": x, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-        out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if mode == "test" else None)
+        out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if frozen else None)
 
-    if mode == "test":
-        if running_mean is None or running_var is None:
-            missing = "running_mean" if running_mean is None else "running_var"
-            raise ValueError(f"bn_param['{missing}']: test mode needs running statistics, got none")
-        mean = running_mean.astype(np.float64).reshape(-1)
-        var = running_var.astype(np.float64).reshape(-1)
+    if frozen:
+        mean, var = _arguments.constants(options)
     else:
-        mean = np.empty(channels)
-        var = np.empty(channels)
+        mean, var = np.zeros(channels), np.zeros(channels)
 
     if x.size == 0:
         result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
-        return result, Cache("batchnorm", x, gamma, beta, mean, var, eps, axes, mode == "test")
+        return result, Cache("batchnorm", x, gamma, beta, mean, var, eps, axes, frozen)
 
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
     (source,) = plan.inputs
     outer, _, inner = plan.view.sizes
-    if mode == "test":
+    if frozen:
         table.channel_apply(source, outer, channels, inner, mean, var, eps, scale, shift, plan.work)
     else:
         table.channel_forward(source, outer, channels, inner, scale, shift, eps, plan.work, mean, var)
         if bn_param is not None:
-            bn_param["running_mean"] = _updated(running_mean, mean, momentum, accumulation)
-            bn_param["running_var"] = _updated(running_var, var, momentum, accumulation)
-    kept = None if out is not None and mode == "test" and np.may_share_memory(out, x) else x
-    return _layout.deliver(plan), Cache("batchnorm", kept, gamma, beta, mean, var, eps, axes, mode == "test")
+            _arguments.store_running(bn_param, options, mean, var, accumulation)
+    kept = None if out is not None and frozen and np.may_share_memory(out, x) else x
+    return _layout.deliver(plan), Cache("batchnorm", kept, gamma, beta, mean, var, eps, axes, frozen)
 
 
 def batchnorm_backward(
@@ -159,9 +117,8 @@ def batchnorm_backward(
     """
     table = kernels(backend)
     cache = _arguments.checked_cache(cache, "batchnorm")
-    x, gamma, beta, mean, var, eps = cache.x, cache.gamma, cache.beta, cache.mean, cache.var, cache.eps
-    if x is None:
-        raise ValueError("cache: test mode wrote its output over x, which this backward needs")
+    x = _arguments.cached_x(cache)
+    gamma, beta, mean, var, eps = cache.gamma, cache.beta, cache.mean, cache.var, cache.eps
     dout = _arguments.checked_dout(dout, x.shape)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
@@ -199,7 +156,7 @@ def batchnorm_backward_reduce(
     whole batch. x, axis, backend as in `batchnorm_forward`; mean, var one element per channel.
     """
     table = kernels(backend)
-    x, axes, channels = _checked_x(x, axis)
+    x, axes, channels = _arguments.batchnorm_x(x, axis)
     dout = _arguments.checked_dout(dout, x.shape)
     dtype = _layout.common_storage(_layout.storage_dtype("x", x), _layout.storage_dtype("dout", dout))
     mean = _arguments.per_channel("mean", mean, channels)
@@ -223,7 +180,7 @@ def batchnorm_backward_apply(
     `batchnorm_backward_reduce` and `batchnorm_forward`.
     """
     table = kernels(backend)
-    x, axes, channels = _checked_x(x, axis)
+    x, axes, channels = _arguments.batchnorm_x(x, axis)
     dout = _arguments.checked_dout(dout, x.shape)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))

@@ -19,6 +19,7 @@ docs/maths.md derives each line.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -56,13 +57,9 @@ def layernorm_forward(
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
     table = kernels(backend)
-    x = _layout.as_array("x", x)
-    if x.ndim < 1:
-        raise ValueError("x: expected at least 1 dimension, got a scalar")
-    first = _layout.checked_axis(axis, x.ndim)
-    axes = tuple(range(first, x.ndim))
-    param = _arguments.checked_param("ln_param", ln_param, _arguments.LN_KEYS)
-    eps = _arguments.checked_eps(param.get("eps", 1e-5))
+    x, axes = _arguments.layernorm_x(x, axis)
+    first = axes[0]
+    eps = _arguments.layernorm_eps(ln_param)
     dtype = _layout.storage_dtype("x", x)
     accumulation = _layout.accumulation_dtype(dtype)
     gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
@@ -72,8 +69,8 @@ def layernorm_forward(
 
     if x.size == 0:
         result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
-        nothing = np.empty(0)
-        return result, Cache("layernorm", x, gamma, beta, nothing, nothing, eps, axes, False)
+        zeros = np.zeros(math.prod(x.shape[:first]))
+        return result, Cache("layernorm", x, gamma, beta, zeros, zeros, eps, axes, False)
 
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.row_view, axes)
     view, lengths = plan.view, x.shape[first:]
@@ -110,8 +107,8 @@ def layernorm_backward(
     """
     table = kernels(backend)
     cache = _arguments.checked_cache(cache, "layernorm")
-    x, gamma, beta, mean, var, axes = cache.x, cache.gamma, cache.beta, cache.mean, cache.var, cache.axes
-    assert x is not None
+    x = _arguments.cached_x(cache)
+    gamma, beta, mean, var, axes = cache.gamma, cache.beta, cache.mean, cache.var, cache.axes
     dout = _arguments.checked_dout(dout, x.shape)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
@@ -123,7 +120,7 @@ def layernorm_backward(
     sum_dout: Array | None
     sum_dout_xhat: Array | None
     if x.size == 0:
-        cols = int(np.prod(x.shape[first:]))
+        cols = math.prod(x.shape[first:])
         sum_dout = sum_dout_xhat = np.zeros(cols)
         dx = np.empty_like(x, dtype=x_dtype, subok=False) if out is None else out
     else:

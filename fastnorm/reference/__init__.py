@@ -1,1 +1,1 @@
-"""The readable NumPy versions: kernels in float64 (the backend 'numpy'), the staged graph, the closed form."""
+"""The kernel contract in readable NumPy, float64 inside: the backend 'numpy'."""
