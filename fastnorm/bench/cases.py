@@ -191,9 +191,9 @@ class Case:
         beta = (0.5 * rng.standard_normal(self.parameter_shape)).astype(parameters)
         return Inputs(x.astype(dtype, copy=False), gamma, beta, self._in_layout(rng).astype(dtype, copy=False))
 
-    def empty(self) -> Array:
-        """An output for this case, in x's layout, its pages already there."""
-        array = self._arranged(np.empty(self.size, dtype_of(self.dtype)))
+    def empty(self, dtype: np.dtype[Any] | None = None) -> Array:
+        """An output for this case, in x's layout, its pages already there; of x's dtype unless one is given."""
+        array = self._arranged(np.empty(self.size, dtype_of(self.dtype) if dtype is None else dtype))
         array.fill(0)
         return array
 

@@ -1,0 +1,108 @@
+"""Is a result right? The float64 reference of a case, the error of a result against it, the tolerance.
+
+The reference is the backend 'numpy' on float64 copies of the inputs, a slab at a time, so that it needs no
+more than a few megabytes beside its result.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+import fastnorm
+from fastnorm.backends import Array, flat
+from fastnorm.bench.cases import Case, Direction, Inputs, dtype_of
+
+_SLAB = 1 << 22
+"""Elements of the reference computed at a time."""
+_BLOCK = 1 << 16
+"""Elements compared at a time: a few float64 blocks that stay in the cache."""
+
+
+def reference(case: Case, inputs: Inputs, direction: Direction) -> tuple[Array, ...]:
+    """(out,) or (dx, dgamma, dbeta) in float64, the first in x's layout."""
+    x, gamma, beta, dout = inputs
+    result = case.empty(np.dtype(np.float64))
+    dgamma, dbeta = np.zeros(case.parameter_shape), np.zeros(case.parameter_shape)
+    axis = case.kept_axes[0] if case.kept_axes else 0
+    length = case.shape[axis]
+    step = max(1, _SLAB * length // case.size) if case.kept_axes else length
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        slab = (slice(None),) * axis + (part,)
+        own = part if case.op.family == "channel" else slice(None)  # the parameters of the slab
+        out, cache = case.op.forward(
+            x[slab].astype(np.float64), gamma[own].astype(np.float64), beta[own].astype(np.float64), {},
+            axis=case.axis, backend="numpy",
+        )  # fmt: skip
+        if direction == "forward":
+            result[slab] = out
+            continue
+        result[slab], slab_dgamma, slab_dbeta = case.op.backward(dout[slab].astype(np.float64), cache, backend="numpy")
+        assert slab_dgamma is not None
+        assert slab_dbeta is not None
+        dgamma[own] += slab_dgamma
+        dbeta[own] += slab_dbeta
+    return (result,) if direction == "forward" else (result, dgamma, dbeta)
+
+
+def error(case: Case, got: tuple[Array | None, ...], want: tuple[Array, ...]) -> float:
+    """The largest deviation over all results; NaN or infinite where one is missing or misshapen.
+
+    |got - want| / (1 + |want|) for out and dx, whose values are around 1; / (sqrt(n) + |want|) for dgamma and
+    dbeta, sums of n of them.
+    """
+    if len(got) != len(want):
+        return math.inf
+    summed = math.sqrt(case.size / math.prod(case.parameter_shape))
+    worst = 0.0
+    for scale, result, truth in zip((1.0, summed, summed), got, want, strict=False):
+        if result is None or result.shape != truth.shape:
+            return math.inf
+        worst = float(np.maximum(worst, _deviation(result, truth, scale)))  # keeps a NaN
+    return worst
+
+
+def _deviation(got: Array, want: Array, scale: float) -> float:
+    if [s * want.itemsize for s in got.strides] == [s * got.itemsize for s in want.strides] and _dense(want):
+        got, want = flat(got), flat(want)
+    step = max(1, _BLOCK * got.shape[0] // got.size)
+
+    def block(start: int) -> Any:
+        part = slice(start, start + step)
+        difference = got[part].astype(np.float64)
+        difference -= want[part]
+        np.abs(difference, out=difference)
+        magnitude = np.abs(want[part])
+        magnitude += scale
+        difference /= magnitude
+        return difference.max()
+
+    with ThreadPoolExecutor(fastnorm.get_num_threads()) as pool, np.errstate(invalid="ignore"):
+        return float(np.max(list(pool.map(block, range(0, got.shape[0], step)))))
+
+
+def _dense(array: Array) -> bool:
+    return array.ndim > 0 and np.shares_memory(array, flat(array))
+
+
+def tolerance(case: Case, *, exact: bool) -> float:
+    """The largest `error` of a right result.
+
+    One rounding to x's dtype, and 32 roundings of the arithmetic (float32; float64 for float64): x - mean
+    alone costs |x| / spread of them, about ten here. Implementations that sum n values one after the
+    other (`exact` False: staged, alt, the peers) are allowed sqrt(n) times as many.
+    """
+    storage = _epsilon(case.dtype)
+    arithmetic = _epsilon("float64" if case.dtype == "float64" else "float32")
+    longest = max(case.reduction, case.size / math.prod(case.parameter_shape))
+    return storage + 32 * arithmetic * (1.0 if exact else math.sqrt(longest))
+
+
+def _epsilon(name: str) -> float:
+    if name == "bfloat16":
+        return 2.0**-7
+    return float(np.finfo(dtype_of(name)).eps)

@@ -1,0 +1,113 @@
+"""Timing in turns, and the peak memory of a call."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Timing(NamedTuple):
+    best: float
+    median: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        return cls(min(seconds), statistics.median(seconds), len(seconds))
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], *, budget: float, least: int, most: int,
+    tick: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time the calls in turns, so that a disturbance of the machine hits all of them alike.
+
+    Every call gets `least` rounds; after that it takes part while it has spent less than its share of
+    `budget` (seconds, all calls together), up to `most` rounds. A result is dropped before the next call,
+    outside of what is timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    share = budget / max(1, len(calls))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(most):
+            playing = [name for name in calls if turn < least or sum(seconds[name]) < share]
+            if not playing:
+                break
+            for name in playing:
+                tick(name)
+                start = time.perf_counter()
+                result = calls[name]()
+                seconds[name].append(time.perf_counter() - start)
+                del result
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing.of(times) for name, times in seconds.items()}
+
+
+class Memory(NamedTuple):
+    """The peak of one call beyond what was there before it, in bytes; its results count."""
+
+    traced: int
+    """What Python and NumPy allocated, exactly (tracemalloc)."""
+    resident: int | None
+    """The process's resident memory, which has the allocations of extensions in it too; None where the
+    system does not tell. A coarse figure: whole pages, and none that a call gets from memory already held."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.traced, self.resident or 0)
+
+
+def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
+    """(what the call returned, its memory)"""
+    gc.collect()
+    before = _reset_peak_resident()
+    tracemalloc.start()
+    try:
+        result = call()
+        _, traced = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    peak = _status("VmHWM")
+    return result, Memory(traced, None if before is None or peak is None else max(0, peak - before))
+
+
+def _reset_peak_resident() -> int | None:
+    """Set the process's peak resident memory to the present one and return it (Linux)."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int | None:
+    return _kilobytes("/proc/self/status", key)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping; None where the system does not tell."""
+    available = _kilobytes("/proc/meminfo", "MemAvailable")
+    if available is None and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available
+
+
+def _kilobytes(path: str, key: str) -> int | None:
+    try:
+        with open(path) as file:
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
