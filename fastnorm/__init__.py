@@ -1,5 +1,6 @@
 """fastnorm: batch and layer normalization on NumPy arrays, fused, forward and backward."""
 
+from fastnorm._config import show_config
 from fastnorm._dispatch import BackendInfo, BackendUnavailableError, backends, use_backend
 from fastnorm._threads import get_num_threads, set_num_threads
 from fastnorm.ops.alt import batchnorm_backward_alt, layernorm_backward_alt
@@ -43,6 +44,7 @@ __all__ = [
     "moments",
     "normalize",
     "set_num_threads",
+    "show_config",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",
     "use_backend",
