@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from network import Array, Norm
 from training import History, Setup
@@ -102,12 +103,17 @@ def curve(axes: Axes, x: Array, values: Array, norm: Norm, marker: str | None = 
     )  # fmt: skip
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes, extent: Extent) -> None:
     """One legend for all panels, below them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
+    if len(extent.seeds) > 1:
+        handles.append(Line2D([], [], color="none"))
+        labels.append(f"line: median of {len(extent.seeds)} seeds, band: their range")
+    box = figure.legend(
         handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10, labelcolor=INK
     )
+    if len(extent.seeds) > 1:
+        box.get_texts()[-1].set(fontsize=9, color=COLOURS["none"])
 
 
 def percent(axes: Axes, low: float = 0.0) -> None:
@@ -149,7 +155,7 @@ def depth_draw(results: Results, extent: Extent) -> Figure:
     log_loss(panels[0])
     percent(panels[1])
     percent(panels[2])
-    legend(figure, panels[0])
+    legend(figure, panels[0], extent)
     return figure
 
 
@@ -208,7 +214,7 @@ def scales_draw(results: Results, extent: Extent) -> Figure:
     percent(panels[0])
     percent(panels[1])
     log_loss(panels[2])
-    legend(figure, panels[0])
+    legend(figure, panels[0], extent)
     return figure
 
 
@@ -253,7 +259,7 @@ def batch_draw(results: Results, extent: Extent, norms: tuple[Norm, ...], sizes:
         per_epoch(axes, extent.epochs)
         percent(axes)
     panels[0].set_ylabel("validation accuracy", fontsize=9, color=INK)
-    legend(figure, panels[0])
+    legend(figure, panels[0], extent)
     return figure
 
 
