@@ -37,7 +37,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return self.backend or self.name
+        return f"{self.name} {self.backend}" if self.backend else self.name
 
     @property
     def takes_out(self) -> bool:

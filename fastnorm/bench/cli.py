@@ -1,0 +1,129 @@
+"""`python -m fastnorm bench`: arguments, and what is done with the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import fastnorm
+from fastnorm.bench import measure, plot, run, table
+from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases
+from fastnorm.bench.variants import variants
+
+SIZE, QUICK_SIZE = 256, 32
+BUDGET, QUICK_BUDGET = 40.0, 5.0
+"""Seconds of timed rounds."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Normalize large arrays, forward and backward: staged, alt, and fused on each backend. Every result is "
+        "checked against the float64 reference, then timed against the memory floor. Prints a table and writes "
+        "the figures as JSON and a plot as PNG and SVG. Exit status 1 if a result is wrong."
+    )
+    add = parser.add_argument
+    add("--size", type=_positive, metavar="MB", help=f"size of the (N, D) array; the others have 3/8 (default {SIZE})")
+    add("--op", type=_names(tuple(OPS)), action="extend", metavar="NAME", help=f"of {_listed(OPS)} (default all)")
+    add("--dtype", type=_names(DTYPES), action="extend", metavar="NAME", help=f"of {_listed(DTYPES)} (default float32)")
+    known = [info.name for info in fastnorm.backends()]
+    add("--backend", type=_names(tuple(known)), action="extend", metavar="NAME",
+        help=f"of {_listed(known)} (default all that are available)")  # fmt: skip
+    add(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help=f"threads of every backend (default {fastnorm.get_num_threads()})",
+    )
+    add("--peers", action="store_true", help="PyTorch and JAX too, where they are installed")
+    add("--quick", action="store_true", help=f"a glance: {QUICK_SIZE} MB and few rounds")
+    add("--output", type=Path, default=Path("fastnorm-bench"), metavar="PREFIX",
+        help="write PREFIX.json, PREFIX.png and PREFIX.svg (default %(default)s)")  # fmt: skip
+    add("--no-plot", action="store_true", help="write the JSON only")
+
+
+def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    unavailable = {info.name: info.reason for info in fastnorm.backends() if not info.available}
+    for name in options.backend or ():
+        if name in unavailable:
+            parser.error(f"argument --backend: {name!r} is not available: {unavailable[name]}")
+    dtypes = list(dict.fromkeys(options.dtype or ["float32"]))
+    for name in dtypes:
+        try:
+            dtype_of(name)
+        except ImportError as problem:
+            parser.error(f"argument --dtype: {name}: {problem}; pip install ml_dtypes")
+    if options.threads is not None:
+        try:
+            fastnorm.set_num_threads(options.threads)
+        except ValueError as problem:
+            parser.error(f"argument --threads: {problem}")
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"argument --output: {problem}")
+
+    size = _fitting(options.size or (QUICK_SIZE if options.quick else SIZE), options.op or tuple(OPS), dtypes)
+    cases = [case for dtype in dtypes for case in report_cases(size, options.op or tuple(OPS), dtype)]
+    report = run.run(
+        cases,
+        variants(options.backend and list(dict.fromkeys(options.backend)), with_peers=options.peers),
+        budget=QUICK_BUDGET if options.quick else BUDGET,
+    )
+    print(table.render(report))
+    print(f"\n{report.seconds:.0f} s. Written: {', '.join(map(str, _write(report, options)))}")
+    if not report.correct:
+        print("Some results are WRONG: see the rows marked above.", file=sys.stderr)
+    return 0 if report.correct else 1
+
+
+def _write(report: run.Report, options: argparse.Namespace) -> list[Path]:
+    figures = options.output.with_name(options.output.name + ".json")
+    figures.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    if options.no_plot:
+        return [figures]
+    try:
+        return [figures, *plot.draw(report, options.output)]
+    except ImportError as missing:
+        print(f"No plot: {missing}. For plots: pip install fastnorm[bench]", file=sys.stderr)
+        return [figures]
+
+
+def _fitting(size: int, ops: tuple[str, ...], dtypes: list[str]) -> int:
+    """The size, or the largest half of a half of it that the free memory can take."""
+    available = measure.available_memory()
+    wanted = size
+    while available is not None and size > 1:
+        cases = [case for dtype in dtypes for case in report_cases(size, ops, dtype)]
+        if max(run.memory_needed(case, baselines=False) for case in cases) <= 0.8 * available:
+            break
+        size //= 2
+    if size != wanted:
+        print(f"Not enough free memory for {wanted} MB: measuring {size} MB instead.", file=sys.stderr)
+    return size
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+    return number
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """A comma-separated list of known names."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {_listed(known)}, got {name!r}")
+        return names
+
+    return parse
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

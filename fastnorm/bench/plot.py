@@ -1,0 +1,154 @@
+"""The report as a picture: each variant's share of the memory floor, by case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastnorm.bench.run import Report, Row, Section
+from fastnorm.bench.table import milliseconds
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart: greys for the baselines in NumPy.
+_STYLES = {
+    "staged": ("#b8b8b8", "staged (NumPy graph)"),
+    "alt": ("#7d7d7d", "alt (NumPy closed form)"),
+    "torch": ("#d55e00", "PyTorch"),
+    "jax": ("#cc79a7", "JAX"),
+    "fused numpy": ("#e69f00", "fused, NumPy reference backend"),
+    "fused numba": ("#009e73", "fused, Numba"),
+    "fused cpp": ("#0072b2", "fused, C++"),
+}
+_ORDER = list(_STYLES)
+_INK, _MUTED, _GRID = "#222222", "#666666", "#e6e6e6"
+_BAR, _GAP = 1.0, 1.3
+"""Height of a bar, and of the space between groups."""
+
+
+def draw(report: Report, prefix: Path) -> list[Path]:
+    """Write PREFIX.png and PREFIX.svg. Raises ImportError where matplotlib is missing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = _groups(report)
+    bars = sum(_height(pair) for pair in groups)
+    settings: Any = {"font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "fastnorm", "text.color": _INK}
+    with pyplot.rc_context(settings):
+        size = (10.0, 2.0 + 0.185 * bars)
+        figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True, squeeze=False)
+        _arrange(figure, size)
+        for index, (panel, direction) in enumerate(zip(axes[0], ("forward", "backward"), strict=True)):
+            _panel(panel, [pair[index] for pair in groups], [_height(pair) for pair in groups])
+            panel.set_title(direction.capitalize(), loc="left", fontsize=10, fontweight="bold", pad=8)
+        _label_groups(axes[0][0], groups)
+        _headings(figure, report, size)
+        paths = [prefix.with_name(prefix.name + ending) for ending in (".png", ".svg")]
+        figure.savefig(paths[0], dpi=200)
+        figure.savefig(paths[1], metadata={"Date": None})
+        pyplot.close(figure)
+    return paths
+
+
+def _groups(report: Report) -> list[tuple[Section, Section]]:
+    """(forward, backward) of each case."""
+    return list(zip(report.sections[::2], report.sections[1::2], strict=True))
+
+
+def _shown(section: Section) -> list[Row]:
+    known = [row for row in section.rows if row.best is not None]
+    return sorted(known, key=lambda row: _ORDER.index(row.variant) if row.variant in _STYLES else -1)
+
+
+def _height(pair: tuple[Section, Section]) -> float:
+    return max(len(_shown(section)) for section in pair) * _BAR + _GAP
+
+
+def _arrange(figure: Any, size: tuple[float, float]) -> None:
+    width, height = size
+    figure.subplots_adjust(
+        left=1.45 / width, right=1 - 0.3 / width, top=1 - 1.05 / height, bottom=0.85 / height, wspace=0.1
+    )
+
+
+def _panel(axes: Any, sections: list[Section], heights: list[float]) -> None:
+    top = 0.0
+    limit = max([1.0, *(row.share_of_floor or 0.0 for section in sections for row in section.rows)])
+    for section, height in zip(sections, heights, strict=True):
+        for index, row in enumerate(_shown(section)):
+            assert row.best is not None
+            assert row.share_of_floor is not None
+            colour, _ = _STYLES.get(row.variant, (_MUTED, row.variant))
+            y = top + (index + 0.5) * _BAR
+            axes.barh(y, row.share_of_floor, height=0.82 * _BAR, color=colour, linewidth=0, zorder=2)
+            text = f"{milliseconds(row.best)} ms" + ("" if row.correct else "  WRONG")
+            inside = row.share_of_floor > 0.82 * limit  # else the label would reach the floor line
+            axes.annotate(
+                text, (row.share_of_floor, y), (-4 if inside else 4, 0), textcoords="offset points",
+                ha="right" if inside else "left", va="center_baseline", fontsize=7.5,
+                color="white" if inside else _MUTED, zorder=4,
+            )  # fmt: skip
+        top += height
+    axes.axvline(1.0, color=_INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=3)
+    axes.annotate(
+        "memory floor", (1.0, 1.0), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+        ha="center", va="bottom", fontsize=7.5, color=_INK,
+    )  # fmt: skip
+    axes.set_xlim(0, 1.06 * limit)
+    axes.set_ylim(top - _GAP + 0.35, -0.35)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axes.set_xlabel("share of the memory floor (time of the floor / time)", color=_MUTED, fontsize=8.5)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.tick_params(axis="x", length=0, colors=_MUTED)
+    axes.tick_params(axis="y", length=0, labelleft=False)
+    for side in ("top", "right", "bottom", "left"):
+        axes.spines[side].set_visible(False)
+    axes.axvline(0.0, color=_MUTED, linewidth=0.8, zorder=3)
+
+
+_OPS = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
+_LAYOUTS = {"ND": "(N, D)"}
+
+
+def _label_groups(axes: Any, groups: list[tuple[Section, Section]]) -> None:
+    several = len({section.dtype for section, _ in groups}) > 1
+    top = 0.0
+    for pair in groups:
+        section, height = pair[0], _height(pair)
+        middle = top + (height - _GAP) / 2
+        op = _OPS.get(section.op, section.op)
+        lines = [
+            f"{_LAYOUTS.get(section.layout, section.layout)}  {section.nbytes / 2**20:.0f} MB",
+            "×".join(map(str, section.shape)),  # noqa: RUF001
+            *([section.dtype] if several else []),
+        ]
+        for text, shift, style in (
+            (op, 6, {"fontweight": "bold", "color": _INK, "va": "bottom"}),
+            ("\n".join(lines), 4, {"color": _MUTED, "va": "top", "fontsize": 8, "linespacing": 1.35}),
+        ):
+            axes.annotate(
+                text, (0, middle), (-8, shift), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", **style,
+            )  # fmt: skip
+        top += height
+
+
+def _headings(figure: Any, report: Report, size: tuple[float, float]) -> None:
+    from matplotlib.patches import Patch
+
+    width, height = size
+    dtypes = ", ".join(dict.fromkeys(section.dtype for section in report.sections))
+    machine = f"{report.machine['cpu']}, {report.config['threads']} threads, {dtypes}"
+    left = 0.2 / width
+    figure.text(left, 1 - 0.2 / height, "fastnorm against the memory floor", fontsize=13, fontweight="bold", va="top")
+    figure.text(
+        left, 1 - 0.47 / height, f"{machine}. Floor: {report.floor}, same run. Longer is better; time at the bar.",
+        fontsize=8.5, color=_MUTED, va="top",
+    )  # fmt: skip
+    present = {row.variant for section in report.sections for row in _shown(section)}
+    handles = [Patch(color=colour, label=label) for name, (colour, label) in _STYLES.items() if name in present]
+    figure.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(left - 0.08 / width, 0.1 / height), ncols=len(handles), frameon=False,
+        fontsize=8, handlelength=1.0, handleheight=0.9, columnspacing=1.4, borderpad=0.2, handletextpad=0.5,
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""The report's measurements: check every variant of every case, then time them in turns."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import fastnorm
+from fastnorm.backends import Array
+from fastnorm.bench import check, machine, measure, roof
+from fastnorm.bench.cases import DIRECTIONS, Case, Direction, Inputs, dtype_of
+from fastnorm.bench.progress import Progress
+from fastnorm.bench.variants import Variant
+
+LEAST_ROUNDS, MOST_ROUNDS = 2, 30
+
+
+@dataclass
+class Row:
+    """One variant of a section. Times in seconds; None where not measured."""
+
+    variant: str
+    name: str
+    backend: str | None
+    best: float | None = None
+    """With `out=` where the variant takes it; `fresh` is then without."""
+    median: float | None = None
+    rounds: int = 0
+    fresh_best: float | None = None
+    fresh_median: float | None = None
+    gigabytes_per_second: float | None = None
+    share_of_floor: float | None = None
+    share_of_floor_median: float | None = None
+    speedup_over_staged: float | None = None
+    extra_memory: float | None = None
+    """Peak of a call beyond what was there, in arrays of x's size: the larger of the two below."""
+    extra_bytes_traced: int | None = None
+    extra_bytes_resident: int | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    correct: bool = True
+    note: str = ""
+    """Why it was skipped, or how it failed."""
+
+
+@dataclass
+class Section:
+    """A case in one direction."""
+
+    op: str
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    direction: Direction
+    bytes_moved: int
+    floor_best: float = 0.0
+    floor_median: float = 0.0
+    floor_gigabytes_per_second: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    date: str
+    machine: dict[str, Any]
+    config: dict[str, Any]
+    floor: str
+    seconds: float
+    sections: list[Section]
+
+    @property
+    def correct(self) -> bool:
+        return all(row.correct for section in self.sections for row in section.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def memory_needed(case: Case, *, baselines: bool) -> int:
+    """Bytes that measuring a case takes: x, dout, out, a fresh result, the float64 reference, and with the
+    baselines their cache and intermediates (eleven arrays of the arithmetic's type)."""
+    arithmetic = max(4, dtype_of(case.dtype).itemsize)
+    return 4 * case.nbytes + 8 * case.size + (11 * arithmetic * case.size if baselines else 0)
+
+
+def run(cases: Sequence[Case], variants: Sequence[Variant], *, budget: float) -> Report:
+    """Measure. `budget` is the time, in seconds, that all timed rounds together may take."""
+    start = time.monotonic()
+    sections = []
+    total = sum(case.nbytes for case in cases) * len(DIRECTIONS)
+    parts = len(cases) * len(DIRECTIONS)
+    with Progress(parts * (len(variants) + 1), parts) as progress:
+        for case in cases:
+            inputs = out = None  # the last case's go before the next one's come
+            chosen = list(variants)
+            available = measure.available_memory()
+            if available is not None and memory_needed(case, baselines=True) > 0.9 * available:
+                chosen = [variant for variant in variants if variant.name not in ("staged", "alt")]
+            inputs, out = case.inputs(), case.empty()
+            for direction in DIRECTIONS:
+                progress.part(f"{case}, {direction}")
+                section = _section(case, inputs, out, direction, chosen, budget * case.nbytes / total, progress)
+                section.rows += [
+                    Row(variant.label, variant.name, variant.backend, note="skipped: not enough memory for it")
+                    for variant in variants
+                    if variant not in chosen
+                ]
+                sections.append(section)
+    return Report(
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        machine=machine.description(),
+        config=fastnorm.show_config("dicts"),
+        floor=roof.description(),
+        seconds=time.monotonic() - start,
+        sections=sections,
+    )
+
+
+def _section(
+    case: Case, inputs: Inputs, out: Array, direction: Direction, variants: Sequence[Variant], budget: float,
+    progress: Progress,
+) -> Section:  # fmt: skip
+    section = Section(
+        case.op.name, case.layout.label, case.shape, case.dtype, case.nbytes, direction, case.bytes_moved(direction)
+    )
+    progress.detail("float64 reference")
+    want = check.reference(case, inputs, direction)
+    calls: dict[str, Callable[[], Any]] = {}
+    for variant in variants:
+        progress.detail(f"checking {variant.label}")
+        row = Row(variant.label, variant.name, variant.backend)
+        try:
+            bound = _checked(case, inputs, direction, variant, out, want, row)
+        except Exception as problem:  # a broken variant is a result too, and must not hide the others
+            row.correct, row.note = False, f"failed: {type(problem).__name__}: {problem}"
+            bound = {}
+        if bound is not None:
+            section.rows.append(row)
+            calls |= bound
+        progress.step()
+    del want
+    calls["floor"] = roof.floor(inputs, out, direction)
+    timings = measure.interleaved(
+        calls, budget=budget, least=LEAST_ROUNDS, most=MOST_ROUNDS, tick=lambda name: progress.detail(f"timing {name}")
+    )
+    progress.step()
+    _fill(section, timings)
+    return section
+
+
+def _checked(
+    case: Case, inputs: Inputs, direction: Direction, variant: Variant, out: Array, want: tuple[Array, ...], row: Row
+) -> dict[str, Callable[[], Any]] | None:
+    """The calls to time, after their results were found right; None where the variant has none."""
+    call = variant.bind(case, inputs, direction, out if variant.takes_out else None)
+    if call is None:
+        return None
+    calls = {variant.label: call.run}
+    row.tolerance = check.tolerance(case, exact=variant.exact)
+    errors = []
+    if variant.takes_out:
+        fresh = variant.bind(case, inputs, direction)
+        assert fresh is not None
+        calls[f"{variant.label}, fresh"] = fresh.run
+        errors.append(check.error(case, fresh.arrays(fresh.run()), want))
+        out.fill(0)
+    elif variant.name not in ("staged", "alt"):
+        call.run()  # what a first call sets up (threads, compiled code) is no memory of the op
+    result, memory = measure.with_memory(call.run)
+    row.extra_bytes_traced, row.extra_bytes_resident = memory
+    row.extra_memory = memory.peak / case.nbytes
+    errors.append(check.error(case, call.arrays(result), want))
+    row.error = float(np.max(errors))  # NaN if one is, and then not within the tolerance
+    row.correct = row.error <= row.tolerance
+    return calls
+
+
+def _fill(section: Section, timings: dict[str, measure.Timing]) -> None:
+    floor = timings["floor"]
+    section.floor_best, section.floor_median = floor.best, floor.median
+    section.floor_gigabytes_per_second = section.bytes_moved / floor.best / 1e9
+    staged = timings.get("staged")
+    for row in section.rows:
+        timing = timings.get(row.variant)
+        if timing is None:
+            continue
+        row.best, row.median, row.rounds = timing
+        fresh = timings.get(f"{row.variant}, fresh")
+        if fresh is not None:
+            row.fresh_best, row.fresh_median = fresh.best, fresh.median
+        row.gigabytes_per_second = section.bytes_moved / row.best / 1e9
+        row.share_of_floor = floor.best / row.best
+        row.share_of_floor_median = floor.median / row.median
+        if staged is not None:
+            row.speedup_over_staged = staged.best / row.best

@@ -1,0 +1,78 @@
+"""The report as text."""
+
+from __future__ import annotations
+
+from fastnorm.bench.run import Report, Row, Section
+
+COLUMNS = ("variant", "min ms", "median ms", "no out= ms", "GB/s", "of floor", "extra memory", "vs staged", "error")
+WIDTHS = (14, 9, 10, 11, 7, 9, 13, 10, 9)
+
+LEGEND = """\
+min, median    of rounds in which all variants take turns; fused ones write to a reused out=
+no out=        the same into a new array each call (minimum)
+GB/s           the bytes that must be moved (forward: read x, write out; backward: read dout and x, write dx)
+               over the minimum
+of floor       the floor's minimum over this minimum; floor: {floor}, measured in turn with the rest
+extra memory   peak of one call beyond what was there before, in arrays of x's size: the larger of what
+               NumPy allocated and of the growth of the process's resident memory; results and caches count
+error          largest deviation from the float64 reference, scaled to values of 1"""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    first, *rest = (cell.ljust(width) if i == 0 else cell.rjust(width)
+                    for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True)))  # fmt: skip
+    return "  " + first + "".join(rest)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """To three digits."""
+    if seconds is None:
+        return "-"
+    value = seconds * 1e3
+    return format(value, ".3f" if value < 1 else ".2f" if value < 10 else ".1f" if value < 100 else ".0f")
+
+
+def _row(row: Row) -> str:
+    if row.best is None:
+        return f"  {row.variant.ljust(WIDTHS[0])} {row.note}"
+    line = _line(
+        (
+            row.variant,
+            milliseconds(row.best),
+            milliseconds(row.median),
+            milliseconds(row.fresh_best),
+            _number(row.gigabytes_per_second, ".1f"),
+            _number(row.share_of_floor, ".2f"),
+            _number(row.extra_memory, ".2f"),
+            _number(row.speedup_over_staged, ".1f") + "x" * (row.speedup_over_staged is not None),
+            _number(row.error, ".0e"),
+        )
+    )
+    return line if row.correct else f"{line}  WRONG: the tolerance is {row.tolerance:.0e}"
+
+
+def title(section: Section) -> str:
+    shape = "x".join(map(str, section.shape))
+    return (
+        f"{section.op} {section.layout} {shape} {section.dtype} ({section.nbytes / 2**20:.0f} MB), {section.direction}"
+    )
+
+
+def render(report: Report) -> str:
+    """The whole report."""
+    machine = report.machine
+    lines = [f"{machine['cpu']}, {report.config['threads']} threads of {machine['cores']} cores", ""]
+    for section in report.sections:
+        lines += [title(section), _line(COLUMNS)]
+        lines += [_row(row) for row in section.rows]
+        floor = (
+            "floor", milliseconds(section.floor_best), milliseconds(section.floor_median), "-",
+            f"{section.floor_gigabytes_per_second:.1f}", "1.00", "-", "-", "-",
+        )  # fmt: skip
+        lines += [_line(floor), ""]
+    lines.append(LEGEND.format(floor=report.floor))
+    return "\n".join(lines)
