@@ -1,0 +1,194 @@
+// The extension module: takes addresses, releases the GIL, calls. Validation is the ops' business.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "fastnorm/isa.hpp"
+#include "fastnorm/parallel.hpp"
+#include "fastnorm/plan.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using fastnorm::ChannelShape;
+using fastnorm::DType;
+using fastnorm::RowShape;
+using std::size_t;
+
+// The dtype by its character, which ml_dtypes' bfloat16 has too ('E') where it has no buffer protocol.
+DType dtype_of(const py::array& array) {
+  switch (array.dtype().char_()) {
+    case 'e':
+      return DType::float16;
+    case 'E':
+      return DType::bfloat16;
+    case 'f':
+      return DType::float32;
+    case 'd':
+      return DType::float64;
+    default:
+      throw std::invalid_argument("kernels take float16, bfloat16, float32 and float64");
+  }
+}
+
+using Array = const py::array&;
+using Optional = const py::object&;
+
+const double* reals(Array array) { return static_cast<const double*>(array.data()); }
+double* reals_out(py::array& array) { return static_cast<double*>(array.mutable_data()); }
+
+const void* optional(Optional object) {
+  return object.is_none() ? nullptr : py::reinterpret_borrow<py::array>(object).data();
+}
+double* optional_out(Optional object) {
+  if (object.is_none()) return nullptr;
+  auto array = py::reinterpret_borrow<py::array>(object);
+  return reals_out(array);
+}
+
+void register_channel(py::module_& m) {
+  m.def("channel_moments", [](Array x, size_t outer, size_t channels, size_t inner, py::array mean, py::array var) {
+    const DType d = dtype_of(x);
+    const void* from = x.data();
+    double *to_mean = reals_out(mean), *to_var = reals_out(var);
+    const py::gil_scoped_release release;
+    fastnorm::kernels().channel_moments(d, from, ChannelShape{outer, channels, inner}, to_mean, to_var);
+  });
+  m.def("channel_apply", [](Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var, double eps,
+                            Optional gamma, Optional beta, py::array y) {
+    const DType d = dtype_of(x);
+    const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
+    const double *centre = reals(mean), *spread = reals(var);
+    void* to = y.mutable_data();
+    const py::gil_scoped_release release;
+    fastnorm::kernels().channel_apply(d, from, ChannelShape{outer, channels, inner}, centre, spread, eps, scale, shift,
+                                      to);
+  });
+  m.def("channel_forward", [](Array x, size_t outer, size_t channels, size_t inner, Optional gamma, Optional beta,
+                              double eps, py::array y, py::array mean, py::array var) {
+    const DType d = dtype_of(x);
+    const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
+    void* to = y.mutable_data();
+    double *to_mean = reals_out(mean), *to_var = reals_out(var);
+    const py::gil_scoped_release release;
+    fastnorm::kernels().channel_forward(d, from, ChannelShape{outer, channels, inner}, scale, shift, eps, to, to_mean,
+                                        to_var);
+  });
+  m.def("channel_backward_reduce", [](Array dy, Array x, size_t outer, size_t channels, size_t inner, Array mean,
+                                      Array var, double eps, py::array sum_dy, py::array sum_dy_xhat) {
+    const DType d = dtype_of(x);
+    const void *grad = dy.data(), *from = x.data();
+    const double *centre = reals(mean), *spread = reals(var);
+    double *to_dy = reals_out(sum_dy), *to_dy_xhat = reals_out(sum_dy_xhat);
+    const py::gil_scoped_release release;
+    fastnorm::kernels().channel_backward_reduce(d, grad, from, ChannelShape{outer, channels, inner}, centre, spread,
+                                                eps, to_dy, to_dy_xhat);
+  });
+  m.def("channel_backward_apply",
+        [](Array dy, Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var, double eps,
+           Optional gamma, Array sum_dy, Array sum_dy_xhat, double count, py::array dx) {
+          const DType d = dtype_of(x);
+          const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
+          const double *centre = reals(mean), *spread = reals(var), *dy_sum = reals(sum_dy),
+                       *dy_xhat_sum = reals(sum_dy_xhat);
+          void* to = dx.mutable_data();
+          const py::gil_scoped_release release;
+          fastnorm::kernels().channel_backward_apply(d, grad, from, ChannelShape{outer, channels, inner}, centre,
+                                                     spread, eps, scale, dy_sum, dy_xhat_sum, count, to);
+        });
+  m.def("channel_backward", [](Array dy, Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var,
+                               double eps, Optional gamma, py::array dx, py::array sum_dy, py::array sum_dy_xhat) {
+    const DType d = dtype_of(x);
+    const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
+    const double *centre = reals(mean), *spread = reals(var);
+    void* to = dx.mutable_data();
+    double *to_dy = reals_out(sum_dy), *to_dy_xhat = reals_out(sum_dy_xhat);
+    const py::gil_scoped_release release;
+    fastnorm::kernels().channel_backward(d, grad, from, ChannelShape{outer, channels, inner}, centre, spread, eps,
+                                         scale, to, to_dy, to_dy_xhat);
+  });
+}
+
+void register_row(py::module_& m) {
+  m.def("row_forward", [](Array x, size_t rows, size_t cols, Optional gamma, Optional beta, double eps, py::array y,
+                          py::array mean, py::array var) {
+    const DType d = dtype_of(x);
+    const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
+    void* to = y.mutable_data();
+    double *to_mean = reals_out(mean), *to_var = reals_out(var);
+    const py::gil_scoped_release release;
+    fastnorm::kernels().row_forward(d, from, RowShape{rows, cols}, scale, shift, eps, to, to_mean, to_var);
+  });
+  m.def("row_backward", [](Array dy, Array x, size_t rows, size_t cols, Array mean, Array var, double eps,
+                           Optional gamma, py::array dx, Optional dgamma, Optional dbeta) {
+    const DType d = dtype_of(x);
+    const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
+    const double *centre = reals(mean), *spread = reals(var);
+    void* to = dx.mutable_data();
+    double *to_gamma = optional_out(dgamma), *to_beta = optional_out(dbeta);
+    const py::gil_scoped_release release;
+    fastnorm::kernels().row_backward(d, grad, from, RowShape{rows, cols}, centre, spread, eps, scale, to, to_gamma,
+                                     to_beta);
+  });
+}
+
+// Floats of equally large arrays, for the memory roof.
+size_t common_floats(Array a, Array b) {
+  if (a.nbytes() != b.nbytes() || a.nbytes() % static_cast<py::ssize_t>(sizeof(float)) != 0)
+    throw std::invalid_argument("expected arrays of one size, a multiple of 4 bytes");
+  return static_cast<size_t>(a.nbytes()) / sizeof(float);
+}
+
+void register_machine(py::module_& m) {
+  m.def("stream_copy", [](Array src, py::array dst) {
+    const size_t n = common_floats(src, dst);
+    const auto* from = static_cast<const float*>(src.data());
+    auto* to = static_cast<float*>(dst.mutable_data());
+    const py::gil_scoped_release release;
+    fastnorm::kernels().stream_copy(from, to, n);
+  });
+  m.def("stream_add", [](Array a, Array b, py::array dst) {
+    const size_t n = common_floats(a, dst);
+    common_floats(b, dst);
+    const auto *first = static_cast<const float*>(a.data()), *second = static_cast<const float*>(b.data());
+    auto* to = static_cast<float*>(dst.mutable_data());
+    const py::gil_scoped_release release;
+    fastnorm::kernels().stream_add(first, second, to, n);
+  });
+  m.def("isa", [] { return std::string(fastnorm::kernels().level); });
+  m.def("isas", [] {
+    py::list names;
+    for (const auto* table : fastnorm::levels()) names.append(table->level);
+    return names;
+  });
+  m.def("set_isa", &fastnorm::choose_level);
+  m.def("set_num_threads", &fastnorm::set_num_threads);
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = FASTNORM_COMPILER;
+    info["threading"] = fastnorm::threading();
+    info["l2"] = fastnorm::caches().l2;
+    info["l3"] = fastnorm::caches().l3;
+    return info;
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "Compiled kernels of fastnorm; the contract stands in fastnorm.backends.KernelTable.";
+  fastnorm::prepare_for_fork();
+  if (const char* wanted = std::getenv("FASTNORM_ISA"); wanted != nullptr && *wanted != '\0') {
+    try {
+      fastnorm::choose_level(wanted);
+    } catch (const std::invalid_argument& error) {
+      throw py::import_error(std::string("FASTNORM_ISA: ") + error.what());
+    }
+  }
+  register_channel(m);
+  register_row(m);
+  register_machine(m);
+}

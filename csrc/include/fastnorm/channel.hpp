@@ -1,0 +1,572 @@
+// The channel family: statistics per channel of (outer, channels, inner).
+//
+//   scalar:  y[o][c][i]  = (x[o][c][i] - mean[c])*rstd[c]*gamma[c] + beta[c]
+//            dx[o][c][i] = gamma[c]*rstd[c]*(dy - sum_dy[c]/n - xhat*sum_dy_xhat[c]/n)
+//
+// Two geometries walk the memory: `Columns` where channels lie side by side (inner is 1), vectors across
+// channels; `Runs` where each channel is runs of `inner` elements, vectors along a run. Both cut a channel's
+// elements into the same kind of groups; the driver below them loops over slabs of channels and groups.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "fastnorm/moments.hpp"
+#include "fastnorm/parallel.hpp"
+#include "fastnorm/plan.hpp"
+
+namespace fastnorm::FASTNORM_LEVEL {
+
+// What the elementwise passes need of each channel, in the accumulation dtype. With mean = centre + rest
+// exactly, forward:  y = (x - centre)*scale + shift,    scale = gamma*rstd, shift = beta - rest*scale;
+// backward: dx = scale*((dy - offset) - (x - centre)*slope).
+template <class A>
+struct Coefficients {
+  A *centre, *scale, *shift, *slope;  // `shift` doubles as `offset`
+};
+
+template <class A>
+inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* var, double eps,
+                                 const A* gamma, const A* beta) {
+  for (size_t c = 0; c < n; ++c) {
+    const A centre = static_cast<A>(mean[c]);
+    const double scale = rstd_of(var[c], eps) * (gamma ? static_cast<double>(gamma[c]) : 1.0);
+    const double rest = mean[c] - static_cast<double>(centre);
+    to.centre[c] = centre;
+    to.scale[c] = static_cast<A>(scale);
+    to.shift[c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) - rest * scale);
+  }
+}
+
+template <class A>
+inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* var,
+                                  double eps, const A* gamma, const double* sum_dy, const double* sum_dy_xhat,
+                                  double count) {
+  for (size_t c = 0; c < n; ++c) {
+    const A centre = static_cast<A>(mean[c]);
+    const double rstd = rstd_of(var[c], eps);
+    const double slope = rstd * sum_dy_xhat[c] / count;
+    const double rest = mean[c] - static_cast<double>(centre);
+    to.centre[c] = centre;
+    to.scale[c] = static_cast<A>(rstd * (gamma ? static_cast<double>(gamma[c]) : 1.0));
+    to.shift[c] = static_cast<A>(sum_dy[c] / count - rest * slope);
+    to.slope[c] = static_cast<A>(slope);
+  }
+}
+
+// The first unit of group g and the number of units in it.
+inline size_t first_unit(const Cut& cut, size_t g) { return g * cut.per_group; }
+inline size_t last_unit(const Cut& cut, size_t g) { return std::min(cut.units, (g + 1) * cut.per_group); }
+
+// A unit's elements: rows [row, row + rows) by inner [at, at + length).
+struct Unit {
+  size_t row, rows, at, length;
+};
+
+inline Unit unit_at(const ChannelShape& shape, const Cut& cut, size_t u) {
+  const size_t row = u / cut.pieces * cut.rows;
+  const size_t at = u % cut.pieces * cut.piece;
+  return {row, std::min(cut.rows, shape.outer - row), at, std::min(cut.piece, shape.inner - at)};
+}
+
+// ---- channels as runs along inner -------------------------------------------------------------------
+
+template <class T>
+struct Runs {
+  using A = Acc<T>;
+  ChannelShape shape;
+  Cut cut;
+
+  size_t place(const Unit& u, size_t c) const { return (u.row * shape.channels + c) * shape.inner + u.at; }
+  size_t stride() const { return shape.channels * shape.inner; }
+
+  double count(size_t g) const {
+    size_t n = 0;
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      n += u.rows * u.length;
+    }
+    return static_cast<double>(n);
+  }
+
+  // Channel c over group g, its blocks merged in order.
+  Moments group_moments(const T* x, size_t g, size_t c) const {
+    Moments m{};
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      m = merge(m, block_moments(x + place(u, c), u.rows, stride(), u.length));
+    }
+    return m;
+  }
+
+  // mean and m2 of channels [c0, c1) over group g: `group_moments` of each, block by block, since channels
+  // lie next to one another.
+  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A*) const {
+    double n = 0;
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t c = c0; c < c1; ++c) {
+        const Moments block = block_moments(x + place(u, c), u.rows, stride(), u.length);
+        const Moments merged = merge({n, mean[c - c0], m2[c - c0]}, block);
+        mean[c - c0] = merged.mean;
+        m2[c - c0] = merged.m2;
+      }
+      n += static_cast<double>(u.rows * u.length);
+    }
+  }
+
+  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache) const {
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t r = 0; r < u.rows; ++r)
+        for (size_t c = c0; c < c1; ++c) {
+          const size_t at = place(u, c) + r * stride();
+          const Vector<A> centre = broadcast(k.centre[c - c0]), scale = broadcast(k.scale[c - c0]),
+                          shift = broadcast(k.shift[c - c0]);
+          const T* from = x + at;
+          write_run(y + at, u.length, past_cache,
+                    [&](size_t j, auto how) { return (how.load(from + j) - centre) * scale + shift; });
+        }
+    }
+  }
+
+  // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g.
+  void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
+              double* sum_dyx, A*) const {
+    std::fill_n(sum_dy, c1 - c0, 0.0);
+    std::fill_n(sum_dyx, c1 - c0, 0.0);
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t c = c0; c < c1; ++c) {
+        const Vector<A> centre = broadcast(centres[c - c0]);
+        Vector<A> grads[4] = {}, products[4] = {};
+        for (size_t r = 0; r < u.rows; ++r) {
+          const size_t at = place(u, c) + r * stride();
+          sum_run<A>(u.length, [&](size_t j, auto how, int k) {
+            const Vector<A> grad = how.load(dy + at + j);
+            grads[k] += grad;
+            products[k] += grad * (how.load(x + at + j, centre) - centre);
+          });
+        }
+        sum_dy[c - c0] += total<A>(combined(grads));
+        sum_dyx[c - c0] += total<A>(combined(products));
+      }
+    }
+  }
+
+  void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
+                      bool past_cache) const {
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t r = 0; r < u.rows; ++r)
+        for (size_t c = c0; c < c1; ++c) {
+          const size_t at = place(u, c) + r * stride();
+          const Vector<A> centre = broadcast(k.centre[c - c0]), scale = broadcast(k.scale[c - c0]),
+                          offset = broadcast(k.shift[c - c0]), slope = broadcast(k.slope[c - c0]);
+          const T *grad = dy + at, *from = x + at;
+          write_run(dx + at, u.length, past_cache, [&](size_t j, auto how) {
+            return scale * ((how.load(grad + j) - offset) - (how.load(from + j) - centre) * slope);
+          });
+        }
+    }
+  }
+};
+
+// ---- channels side by side --------------------------------------------------------------------------
+
+// Calls f(c, how) for the vectors of columns [0, n).
+template <class A, class F>
+inline void for_columns(size_t n, F f) {
+  size_t c = 0;
+  for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{});
+  if (c < n) f(c, Part{n - c});
+}
+
+template <class A, class How>
+inline void put(A* p, Vector<A> v, How how) {
+  if constexpr (std::is_same_v<How, Part>)
+    store_part(p, v, how.n);
+  else
+    store(p, v);
+}
+
+template <class T>
+struct Columns {
+  using A = Acc<T>;
+  // Columns of a block whose rows are summed together: a block of kChunkRows rows is then 256 KB of float32
+  // at most, and its second pass reads L2.
+  static constexpr size_t kWidth = 1024;
+  static constexpr size_t kWorkspace = 3 * kWidth;
+
+  ChannelShape shape;
+  Cut cut;
+
+  double count(size_t g) const {
+    const size_t first = first_unit(cut, g) * cut.rows;
+    return static_cast<double>(std::min(shape.outer, last_unit(cut, g) * cut.rows) - first);
+  }
+
+  // Adds f(row, c, how) of rows [r0, r1) to sums[c], eight rows at a time: eight streams for the
+  // prefetcher, and the sums are read and written once for all eight.
+  template <class F>
+  static void sum_rows(size_t r0, size_t r1, size_t n, A* sums, F f) {
+    size_t r = r0;
+    for (; r + 8 <= r1; r += 8)
+      for_columns<A>(n, [&](size_t c, auto how) {
+        const Vector<A> low = (f(r, c, how) + f(r + 1, c, how)) + (f(r + 2, c, how) + f(r + 3, c, how));
+        const Vector<A> high = (f(r + 4, c, how) + f(r + 5, c, how)) + (f(r + 6, c, how) + f(r + 7, c, how));
+        put(sums + c, how.load(sums + c) + (low + high), how);
+      });
+    for (; r < r1; ++r)
+      for_columns<A>(n, [&](size_t c, auto how) { put(sums + c, how.load(sums + c) + f(r, c, how), how); });
+  }
+
+  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
+    A *sums = workspace, *centre = workspace + kWidth, *rest = workspace + 2 * kWidth;
+    double before = 0;
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      const double rows = static_cast<double>(u.rows);
+      const double share = rows / (before + rows);
+      for (size_t w = c0; w < c1; w += kWidth) {
+        const size_t n = std::min(kWidth, c1 - w);
+        const T* block = x + u.row * shape.channels + w;
+        const auto at = [&](size_t r, size_t c) { return block + r * shape.channels + c; };
+        std::fill_n(sums, n, A{});
+        sum_rows(1, u.rows, n, sums,
+                 [&](size_t r, size_t c, auto how) { return how.load(at(r, c)) - how.load(block + c); });
+        const Vector<A> divisor = broadcast(static_cast<A>(rows));
+        for_columns<A>(n, [&](size_t c, auto how) {
+          // mean = pivot + d as centre + rest, exactly (Knuth's two-sum)
+          const Vector<A> pivot = how.load(block + c), d = how.load(sums + c) / divisor;
+          const Vector<A> sum = pivot + d, virtual_d = sum - pivot;
+          put(centre + c, sum, how);
+          put(rest + c, (pivot - (sum - virtual_d)) + (d - virtual_d), how);
+        });
+        std::fill_n(sums, n, A{});
+        sum_rows(0, u.rows, n, sums, [&](size_t r, size_t c, auto how) {
+          const Vector<A> d = how.load(at(r, c)) - how.load(centre + c);
+          return d * d;
+        });
+        double *to_mean = mean + (w - c0), *to_m2 = m2 + (w - c0);
+        for (size_t c = 0; c < n; ++c) {
+          const double low = rest[c], squares = static_cast<double>(sums[c]) - rows * low * low;
+          const double block_mean = static_cast<double>(centre[c]) + low;
+          const double block_m2 = squares < 0.0 ? 0.0 : squares;
+          const double delta = before == 0 ? 0.0 : block_mean - to_mean[c];
+          const double base_mean = before == 0 ? block_mean : to_mean[c];
+          const double base_m2 = before == 0 ? 0.0 : to_m2[c];
+          to_mean[c] = base_mean + delta * share;
+          to_m2[c] = base_m2 + block_m2 + delta * delta * (before * share);
+        }
+      }
+      before += rows;
+    }
+  }
+
+  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache) const {
+    const size_t last = std::min(shape.outer, last_unit(cut, g) * cut.rows);
+    for (size_t r = first_unit(cut, g) * cut.rows; r < last; ++r) {
+      const size_t at = r * shape.channels + c0;
+      write_run(y + at, c1 - c0, past_cache, [&](size_t c, auto how) {
+        return (how.load(x + at + c) - how.load(k.centre + c)) * how.load(k.scale + c) + how.load(k.shift + c);
+      });
+    }
+  }
+
+  void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
+              double* sum_dyx, A* workspace) const {
+    A *grads = workspace, *products = workspace + kWidth;
+    std::fill_n(sum_dy, c1 - c0, 0.0);
+    std::fill_n(sum_dyx, c1 - c0, 0.0);
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t w = c0; w < c1; w += kWidth) {
+        const size_t n = std::min(kWidth, c1 - w);
+        const A* centre = centres + (w - c0);
+        const size_t at = u.row * shape.channels + w;
+        std::fill_n(grads, n, A{});
+        std::fill_n(products, n, A{});
+        size_t r = 0;
+        const auto add = [&](auto rows) {
+          for_columns<A>(n, [&](size_t c, auto how) {
+            Vector<A> grad_sum{}, product_sum{};
+            const Vector<A> middle = how.load(centre + c);
+            for (size_t j = 0; j < rows; ++j) {
+              const size_t place = at + (r + j) * shape.channels + c;
+              const Vector<A> grad = how.load(dy + place);
+              grad_sum += grad;
+              product_sum += grad * (how.load(x + place) - middle);
+            }
+            put(grads + c, how.load(grads + c) + grad_sum, how);
+            put(products + c, how.load(products + c) + product_sum, how);
+          });
+        };
+        for (; r + 4 <= u.rows; r += 4) add(std::integral_constant<size_t, 4>{});
+        for (; r < u.rows; ++r) add(std::integral_constant<size_t, 1>{});
+        for (size_t c = 0; c < n; ++c) {
+          sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
+          sum_dyx[w - c0 + c] += static_cast<double>(products[c]);
+        }
+      }
+    }
+  }
+
+  void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
+                      bool past_cache) const {
+    const size_t last = std::min(shape.outer, last_unit(cut, g) * cut.rows);
+    for (size_t r = first_unit(cut, g) * cut.rows; r < last; ++r) {
+      const size_t at = r * shape.channels + c0;
+      write_run(dx + at, c1 - c0, past_cache, [&](size_t c, auto how) {
+        const Vector<A> centred = how.load(x + at + c) - how.load(k.centre + c);
+        return how.load(k.scale + c) *
+               ((how.load(dy + at + c) - how.load(k.shift + c)) - centred * how.load(k.slope + c));
+      });
+    }
+  }
+};
+
+// ---- the driver: slabs, groups, threads -------------------------------------------------------------
+
+// Memory for a call's partial results; the only allocation kernels make, never of the arrays' size.
+template <class A>
+class Workspace {
+ public:
+  explicit Workspace(size_t n)
+      : memory_(std::aligned_alloc(kLineBytes, (n * sizeof(A) / kLineBytes + 1) * kLineBytes)) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  ~Workspace() { std::free(memory_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  A* data() const { return static_cast<A*>(memory_); }
+
+ private:
+  void* memory_;
+};
+
+template <class F>
+inline void parallel_for(size_t count, F task) {
+  run_tasks(count, [](void* f, size_t i, int worker) { (*static_cast<F*>(f))(i, worker); }, &task);
+}
+
+struct SerialLoop {
+  int worker;
+  template <class F>
+  void operator()(size_t count, F f) const {
+    for (size_t i = 0; i < count; ++i) f(i, worker);
+  }
+};
+struct ParallelLoop {
+  template <class F>
+  void operator()(size_t count, F f) const {
+    parallel_for(count, f);
+  }
+};
+
+// Elements below which waking threads costs more than it saves.
+constexpr size_t kSerial = 1 << 15;
+
+// One channel-family call: which of the four passes run, on what.
+template <class Geometry, class T>
+struct ChannelCall {
+  using A = Acc<T>;
+
+  Geometry geometry;
+  ChannelPlan plan;
+  const T *dy, *x;
+  double *mean, *var;  // written by the moments pass, else read
+  double eps;
+  const A *gamma, *beta;
+  double *sum_dy, *sum_dy_xhat;  // written by the reduce pass, else read
+  double divisor;                // of the sums
+  T* out;
+
+  size_t channels() const { return geometry.shape.channels; }
+  size_t groups() const { return geometry.cut.groups; }
+
+  // Partial results of all groups, two doubles a channel, then four coefficients a channel, then what the
+  // geometry needs for itself: per worker.
+  size_t partial_doubles() const { return 2 * groups() * plan.slab; }
+  static constexpr size_t geometry_workspace() {
+    if constexpr (std::is_same_v<Geometry, Columns<T>>) return Geometry::kWorkspace;
+    return 0;
+  }
+
+  struct Slab {
+    size_t c0, c1;
+    double *first, *second;  // [groups][width]
+    Coefficients<A> k;
+    size_t width() const { return c1 - c0; }
+  };
+
+  Slab slab_at(size_t index, double* partials, A* coefficients) const {
+    Slab s{};
+    s.c0 = index * plan.slab;
+    s.c1 = std::min(channels(), s.c0 + plan.slab);
+    s.first = partials;
+    s.second = partials + groups() * plan.slab;
+    s.k = {coefficients, coefficients + plan.slab, coefficients + 2 * plan.slab, coefficients + 3 * plan.slab};
+    return s;
+  }
+
+  template <class Loop>
+  void moments(const Slab& s, Loop loop, A* workspace) const {
+    const size_t width = s.width();
+    loop(groups(), [&](size_t g, int worker) {
+      geometry.moments(x, g, s.c0, s.c1, s.first + g * width, s.second + g * width,
+                       workspace + static_cast<size_t>(worker) * geometry_workspace());
+    });
+    double *to_mean = mean + s.c0, *to_var = var + s.c0;
+    std::copy_n(s.first, width, to_mean);
+    std::copy_n(s.second, width, to_var);
+    double n = geometry.count(0);
+    for (size_t g = 1; g < groups(); ++g) {
+      const double more = geometry.count(g), share = more / (n + more);
+      for (size_t c = 0; c < width; ++c) {
+        const double delta = s.first[g * width + c] - to_mean[c];
+        to_mean[c] += delta * share;
+        to_var[c] += s.second[g * width + c] + delta * delta * (n * share);
+      }
+      n += more;
+    }
+    for (size_t c = 0; c < width; ++c) to_var[c] /= n;
+  }
+
+  // Last group first: what the pass before has just read is still in cache.
+  template <class Loop>
+  void apply(const Slab& s, Loop loop) const {
+    forward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr,
+                         beta ? beta + s.c0 : nullptr);
+    loop(groups(), [&](size_t i, int) {
+      geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream);
+      if (plan.stream) fence();
+    });
+  }
+
+  template <class Loop>
+  void reduce(const Slab& s, Loop loop, A* workspace) const {
+    const size_t width = s.width();
+    for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(mean[s.c0 + c]);
+    loop(groups(), [&](size_t g, int worker) {
+      geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
+                      workspace + static_cast<size_t>(worker) * geometry_workspace());
+    });
+    for (size_t c = 0; c < width; ++c) {
+      double grads = 0, products = 0;
+      for (size_t g = 0; g < groups(); ++g) {
+        grads += s.first[g * width + c];
+        products += s.second[g * width + c];
+      }
+      const double m = mean[s.c0 + c], rest = m - static_cast<double>(s.k.centre[c]);
+      sum_dy[s.c0 + c] = grads;
+      sum_dy_xhat[s.c0 + c] = rstd_of(var[s.c0 + c], eps) * (products - rest * grads);
+    }
+  }
+
+  template <class Loop>
+  void backward_apply(const Slab& s, Loop loop) const {
+    backward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr, sum_dy + s.c0,
+                          sum_dy_xhat + s.c0, divisor);
+    loop(groups(), [&](size_t i, int) {
+      geometry.backward_apply(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream);
+      if (plan.stream) fence();
+    });
+  }
+
+  // passes(slab, loop, workspace) runs the passes of this call on one slab.
+  template <class Passes>
+  void run(Passes passes) const {
+    const size_t slabs = (channels() + plan.slab - 1) / plan.slab;
+    const size_t workers = static_cast<size_t>(num_threads());
+    const size_t sets = plan.team ? 1 : workers;
+    Workspace<double> partials(sets * partial_doubles());
+    Workspace<A> rest(sets * 4 * plan.slab + workers * geometry_workspace());
+    A* workspace = rest.data() + sets * 4 * plan.slab;
+    if (plan.team) {
+      for (size_t i = 0; i < slabs; ++i) passes(slab_at(i, partials.data(), rest.data()), ParallelLoop{}, workspace);
+      return;
+    }
+    const auto one = [&](size_t i, int worker) {
+      const size_t w = static_cast<size_t>(worker);
+      passes(slab_at(i, partials.data() + w * partial_doubles(), rest.data() + w * 4 * plan.slab), SerialLoop{worker},
+             workspace);
+    };
+    if (geometry.shape.outer * channels() * geometry.shape.inner < kSerial)
+      SerialLoop{0}(slabs, one);
+    else
+      parallel_for(slabs, one);
+  }
+};
+
+// Calls f(geometry) with the one that fits the shape.
+template <class T, class F>
+inline void with_geometry(const ChannelShape& shape, F f) {
+  const Cut cut = cut_channels(shape);
+  if (shape.inner == 1)
+    f(Columns<T>{shape, cut});
+  else
+    f(Runs<T>{shape, cut});
+}
+
+template <class T>
+struct Channel {
+  using A = Acc<T>;
+
+  template <class Passes>
+  static void call(ChannelShape shape, size_t arrays, const T* dy, const T* x, double* mean, double* var, double eps,
+                   const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, double divisor, T* out,
+                   Passes passes) {
+    const bool small = shape.outer * shape.channels * shape.inner < kSerial;
+    const ChannelPlan plan = small ? ChannelPlan{shape.channels, false, false, true}
+                                   : plan_channels(shape, sizeof(T), arrays, num_threads());
+    with_geometry<T>(shape, [&](auto geometry) {
+      const ChannelCall<decltype(geometry), T> call{
+          geometry, plan,        dy,      x,  mean, var, eps, static_cast<const A*>(gamma), static_cast<const A*>(beta),
+          sum_dy,   sum_dy_xhat, divisor, out};
+      call.run([&](const auto& slab, auto loop, A* workspace) { passes(call, slab, loop, workspace); });
+    });
+  }
+
+  static void moments(const T* x, ChannelShape shape, double* mean, double* var) {
+    call(shape, 1, nullptr, x, mean, var, 0, nullptr, nullptr, nullptr, nullptr, 0, nullptr,
+         [](const auto& c, const auto& s, auto loop, A* w) { c.moments(s, loop, w); });
+  }
+  static void apply(const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
+                    const void* gamma, const void* beta, T* y) {
+    call(shape, 1, nullptr, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, beta, nullptr, nullptr,
+         0, y, [](const auto& c, const auto& s, auto loop, A*) { c.apply(s, loop); });
+  }
+  static void forward(const T* x, ChannelShape shape, const void* gamma, const void* beta, double eps, T* y,
+                      double* mean, double* var) {
+    call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, 0, y,
+         [](const auto& c, const auto& s, auto loop, A* w) {
+           c.moments(s, loop, w);
+           c.apply(s, loop);
+         });
+  }
+  static void reduce(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
+                     double* sum_dy, double* sum_dy_xhat) {
+    call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
+         sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) { c.reduce(s, loop, w); });
+  }
+  static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
+                             double eps, const void* gamma, const double* sum_dy, const double* sum_dy_xhat,
+                             double count, T* dx) {
+    call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr,
+         const_cast<double*>(sum_dy), const_cast<double*>(sum_dy_xhat), count, dx,
+         [](const auto& c, const auto& s, auto loop, A*) { c.backward_apply(s, loop); });
+  }
+  static void backward(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
+                       const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
+    call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
+         static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.reduce(s, loop, w);
+           c.backward_apply(s, loop);
+         });
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_LEVEL

@@ -1,0 +1,53 @@
+// The table of kernels that each instruction set level fills, and the types it speaks.
+// The contract (formulas, in-place rules, repeatability) stands in fastnorm/backends/__init__.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastnorm {
+
+enum class DType { float16, bfloat16, float32, float64 };
+
+// Storage types without arithmetic; loads widen them to float, stores round to nearest even.
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// A block of memory as (outer, channels, inner), statistics over outer and inner.
+struct ChannelShape {
+  std::size_t outer, channels, inner;
+};
+
+struct RowShape {
+  std::size_t rows, cols;
+};
+
+// x, dy, y, dx are of the table's storage dtype; gamma and beta of its accumulation dtype or null.
+struct Kernels {
+  const char* level;
+  void (*channel_moments)(DType, const void* x, ChannelShape, double* mean, double* var);
+  void (*channel_apply)(DType, const void* x, ChannelShape, const double* mean, const double* var, double eps,
+                        const void* gamma, const void* beta, void* y);
+  void (*channel_forward)(DType, const void* x, ChannelShape, const void* gamma, const void* beta, double eps, void* y,
+                          double* mean, double* var);
+  void (*channel_backward_reduce)(DType, const void* dy, const void* x, ChannelShape, const double* mean,
+                                  const double* var, double eps, double* sum_dy, double* sum_dy_xhat);
+  void (*channel_backward_apply)(DType, const void* dy, const void* x, ChannelShape, const double* mean,
+                                 const double* var, double eps, const void* gamma, const double* sum_dy,
+                                 const double* sum_dy_xhat, double count, void* dx);
+  void (*channel_backward)(DType, const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
+                           double eps, const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
+  void (*row_forward)(DType, const void* x, RowShape, const void* gamma, const void* beta, double eps, void* y,
+                      double* mean, double* var);
+  void (*row_backward)(DType, const void* dy, const void* x, RowShape, const double* mean, const double* var,
+                       double eps, const void* gamma, void* dx, double* dgamma, double* dbeta);
+  // The memory roof: dst = src and dst = a + b on floats, with streaming stores.
+  void (*stream_copy)(const float* src, float* dst, std::size_t n);
+  void (*stream_add)(const float* a, const float* b, float* dst, std::size_t n);
+};
+
+}  // namespace fastnorm

@@ -1,0 +1,51 @@
+// How a call is cut up: data, computed from the shape, the caches and the number of threads.
+// What decides bits (groups, chunks) depends on the shape alone; the rest only on speed.
+#pragma once
+
+#include <cstddef>
+
+#include "fastnorm/kernels.hpp"
+
+namespace fastnorm {
+
+struct Caches {
+  std::size_t l2;  // bytes of one core
+  std::size_t l3;  // bytes shared by all
+};
+
+Caches caches();
+
+// Elements of one exact two-pass block: 16 KB of float32, so its second pass reads L1.
+constexpr std::size_t kChunk = 4096;
+// Rows of such a block where channels lie side by side.
+constexpr std::size_t kChunkRows = 64;
+// A channel's elements are cut into at most this many groups: the units of parallel work.
+constexpr std::size_t kMaxGroups = 64;
+
+// The elements of every channel, cut the same way: `groups` runs of `per_group` units, where a unit is
+// `rows` rows (outer indices) or, for long inner runs, one of `pieces` pieces of `piece` elements of one row.
+struct Cut {
+  std::size_t rows;       // outer indices a unit
+  std::size_t pieces;     // units a row is cut into (1 unless inner is long)
+  std::size_t piece;      // inner elements a unit
+  std::size_t units;      // in all
+  std::size_t per_group;  // units a group
+  std::size_t groups;
+};
+
+Cut cut_channels(ChannelShape shape);
+
+struct ChannelPlan {
+  std::size_t slab;  // channels whose second pass should find their data in cache
+  bool team;         // all threads on one slab, split by groups; else a slab a thread
+  bool stream;       // stores bypass the cache
+  bool fits;         // whether the slab is small enough for the second pass to hit the cache
+};
+
+// `arrays` is the number of arrays read: 1 forward, 2 backward.
+ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
+
+// Whether an output of this many bytes is better stored past the cache.
+bool streams(std::size_t bytes);
+
+}  // namespace fastnorm

@@ -1,0 +1,299 @@
+// The row family: statistics of each row of (rows, cols), gamma and beta by column.
+//
+//   scalar:  y[r][k]   = (x[r][k] - mean[r])*rstd[r]*gamma[k] + beta[k]
+//            dx[r][k]  = rstd[r]*(g - mean(g) - xhat*mean(g*xhat)),  g = dy*gamma
+//            dgamma[k] = sum over r of dy*xhat,  dbeta[k] = sum over r of dy
+//
+// A row's statistics are those of a channel of (1, rows, cols); only the affine map differs.
+#pragma once
+
+#include "fastnorm/channel.hpp"
+
+namespace fastnorm::FASTNORM_LEVEL {
+
+// A parameter by column; an absent one is a constant vector read again and again, so no loop has variants.
+template <class A>
+struct Parameter {
+  alignas(kVectorBytes) A constant[kLanes<A>];
+  const A* values;
+  size_t mask;
+
+  Parameter(const void* given, A otherwise) : values(static_cast<const A*>(given)), mask(~size_t{0}) {
+    if (values == nullptr) {
+      std::fill_n(constant, kLanes<A>, otherwise);
+      values = constant;
+      mask = 0;
+    }
+  }
+  Parameter(const Parameter&) = delete;
+  Parameter& operator=(const Parameter&) = delete;
+  const A* at(size_t k) const { return values + (k & mask); }
+};
+
+template <class T>
+struct Row {
+  using A = Acc<T>;
+
+  // Columns beyond which a row's sums are cut up for the backward, and threads share rows.
+  static constexpr size_t kLongRow = 16384;
+  // Rows whose column sums are accumulated in the accumulation dtype before they go to double.
+  static constexpr size_t kTaskRows = 128;
+  // Rows swept together, so that column sums are read and written once for all of them.
+  static constexpr size_t kSweep = 4;
+  // Bytes of dy and x between the two passes over long rows; decides the order of summation, so no cache
+  // size enters.
+  static constexpr size_t kLongBlock = size_t{8} << 20;
+
+  // ---- forward ----
+
+  static void apply(const T* x, T* y, size_t k0, size_t k1, const Moments& m, double eps, const Parameter<A>& gamma,
+                    const Parameter<A>& beta, bool past_cache) {
+    const double rstd = rstd_of(variance(m), eps);
+    const A near = static_cast<A>(m.mean);
+    const Vector<A> centre = broadcast(near), scale = broadcast(static_cast<A>(rstd)),
+                    shift = broadcast(static_cast<A>(-(m.mean - static_cast<double>(near)) * rstd));
+    write_run(y + k0, k1 - k0, past_cache, [&](size_t i, auto how) {
+      const Vector<A> xhat = (how.load(x + k0 + i) - centre) * scale + shift;
+      return xhat * how.load(gamma.at(k0 + i)) + how.load(beta.at(k0 + i));
+    });
+  }
+
+  static void forward(const T* x, RowShape shape, const void* gamma_given, const void* beta_given, double eps, T* y,
+                      double* mean, double* var) {
+    const Parameter<A> gamma(gamma_given, A{1}), beta(beta_given, A{0});
+    const ChannelShape as_channels{1, shape.rows, shape.cols};
+    const Runs<T> runs{as_channels, cut_channels(as_channels)};
+    const size_t groups = runs.cut.groups;
+    const bool past_cache = streams(shape.rows * shape.cols * sizeof(T));
+
+    const size_t per_group = runs.cut.per_group * runs.cut.piece;
+    const auto finish = [&](size_t row, const Moments& m, auto loop) {
+      mean[row] = m.mean;
+      var[row] = variance(m);
+      const T* from = x + row * shape.cols;
+      T* to = y + row * shape.cols;
+      loop(groups, [&](size_t i, int) {
+        const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
+        apply(from, to, k0, std::min(shape.cols, k0 + per_group), m, eps, gamma, beta, past_cache);
+        if (past_cache) fence();
+      });
+    };
+
+    if (shape.rows * shape.cols >= kSerial && groups > 1 && shape.rows < 4 * static_cast<size_t>(num_threads())) {
+      const Workspace<Moments> partial(groups);
+      for (size_t row = 0; row < shape.rows; ++row) {
+        parallel_for(groups, [&](size_t g, int) { partial.data()[g] = runs.group_moments(x, g, row); });
+        Moments m{};
+        for (size_t g = 0; g < groups; ++g) m = merge(m, partial.data()[g]);
+        finish(row, m, ParallelLoop{});
+      }
+      return;
+    }
+    over_rows(shape, [&](size_t row) {
+      Moments m{};
+      for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
+      finish(row, m, SerialLoop{0});
+    });
+  }
+
+  // task(row) for every row, blocks of rows of about 64 KB in parallel.
+  template <class F>
+  static void over_rows(RowShape shape, F task) {
+    const size_t block = std::max<size_t>(1, (size_t{64} << 10) / (shape.cols * sizeof(T)));
+    const auto run = [&](size_t i, int) {
+      for (size_t row = i * block; row < std::min(shape.rows, (i + 1) * block); ++row) task(row);
+    };
+    const size_t count = (shape.rows + block - 1) / block;
+    if (shape.rows * shape.cols < kSerial)
+      SerialLoop{0}(count, run);
+    else
+      parallel_for(count, run);
+  }
+
+  // ---- backward ----
+
+  // What the passes need of a row; mean = centre + rest.
+  struct Known {
+    A centre, rstd, shift;  // xhat = (x - centre)*rstd + shift
+    double exact_rstd, rest;
+  };
+
+  static Known known(double mean, double var, double eps) {
+    const double rstd = rstd_of(var, eps);
+    const A centre = static_cast<A>(mean);
+    const double rest = mean - static_cast<double>(centre);
+    return {centre, static_cast<A>(rstd), static_cast<A>(-rest * rstd), rstd, rest};
+  }
+
+  // sum(g) and sum(g*(x - centre)) along a row
+  struct Sums {
+    double g, gx;
+  };
+
+  // Sweeps columns [k0, k1) of `n` rows (at most kSweep): adds each row's sums, and the rows' dy*xhat and dy
+  // to the column sums dgamma and dbeta.
+  template <size_t n>
+  static void sweep(const T* dy, const T* x, size_t cols, size_t k0, size_t k1, const Known* rows,
+                    const Parameter<A>& gamma, Sums* sums, A* dgamma, A* dbeta) {
+    for (size_t start = k0; start < k1; start += kChunk) {
+      Vector<A> g_sum[n] = {}, gx_sum[n] = {};
+      for_columns<A>(std::min(kChunk, k1 - start), [&](size_t i, auto how) {
+        const size_t k = start + i;
+        const Vector<A> scale = how.load(gamma.at(k));
+        Vector<A> gamma_sum = how.load(dgamma + (k - k0)), beta_sum = how.load(dbeta + (k - k0));
+        for (size_t r = 0; r < n; ++r) {
+          const Vector<A> centre = broadcast(rows[r].centre);
+          const Vector<A> grad = how.load(dy + r * cols + k);
+          const Vector<A> centred = how.load(x + r * cols + k, centre) - centre;
+          beta_sum += grad;
+          gamma_sum += grad * (centred * broadcast(rows[r].rstd) + broadcast(rows[r].shift));
+          const Vector<A> g = grad * scale;
+          g_sum[r] += g;
+          gx_sum[r] += g * centred;
+        }
+        put(dgamma + (k - k0), gamma_sum, how);
+        put(dbeta + (k - k0), beta_sum, how);
+      });
+      for (size_t r = 0; r < n; ++r) {
+        sums[r].g += total<A>(g_sum[r]);
+        sums[r].gx += total<A>(gx_sum[r]);
+      }
+    }
+  }
+
+  // The rows of `sweep` by number: whole sweeps, then the rest one at a time.
+  static size_t sweep_rows(const T* dy, const T* x, size_t cols, size_t left, size_t k0, size_t k1, const Known* rows,
+                           const Parameter<A>& gamma, Sums* sums, A* dgamma, A* dbeta) {
+    if (left >= kSweep) {
+      sweep<kSweep>(dy, x, cols, k0, k1, rows, gamma, sums, dgamma, dbeta);
+      return kSweep;
+    }
+    sweep<1>(dy, x, cols, k0, k1, rows, gamma, sums, dgamma, dbeta);
+    return 1;
+  }
+
+  static void write_dx(const T* dy, const T* x, T* dx, size_t k0, size_t k1, size_t cols, const Known& row,
+                       const Sums& sums, const Parameter<A>& gamma, bool past_cache) {
+    const double n = static_cast<double>(cols);
+    const double slope = row.exact_rstd * row.exact_rstd * (sums.gx - row.rest * sums.g) / n;
+    const Vector<A> centre = broadcast(row.centre), scale = broadcast(row.rstd),
+                    steep = broadcast(static_cast<A>(slope)),
+                    offset = broadcast(static_cast<A>(sums.g / n - row.rest * slope));
+    write_run(dx + k0, k1 - k0, past_cache, [&](size_t i, auto how) {
+      const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
+      return scale * ((g - offset) - (how.load(x + k0 + i) - centre) * steep);
+    });
+  }
+
+  // Rows that fit a core's cache: a task takes some rows and keeps column sums of its own.
+  static void short_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
+                         const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, bool past_cache) {
+    const size_t cols = shape.cols;
+    const size_t per_task = std::min(kTaskRows, std::max(kSweep, (shape.rows + 31) / 32));
+    const size_t tasks = (shape.rows + per_task - 1) / per_task;
+    const Workspace<A> sums(2 * tasks * cols);
+    const auto one = [&](size_t task, int) {
+      A *gamma_sum = sums.data() + 2 * task * cols, *beta_sum = gamma_sum + cols;
+      std::fill_n(gamma_sum, 2 * cols, A{});
+      const size_t last = std::min(shape.rows, (task + 1) * per_task);
+      for (size_t row = task * per_task; row < last;) {
+        Known rows[kSweep];
+        Sums along[kSweep] = {};
+        const size_t left = last - row;
+        for (size_t r = 0; r < std::min(kSweep, left); ++r) rows[r] = known(mean[row + r], var[row + r], eps);
+        const size_t at = row * cols;
+        const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
+        for (size_t r = done; r-- > 0;)
+          write_dx(dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r], gamma,
+                   past_cache);
+        row += done;
+      }
+      if (past_cache) fence();
+    };
+    const auto finish = [&](size_t block, int) {
+      const size_t k1 = std::min(cols, (block + 1) * kChunk);
+      for (size_t k = block * kChunk; k < k1; ++k) dgamma[k] = dbeta[k] = 0.0;
+      for (size_t task = 0; task < tasks; ++task) {
+        const A *gamma_sum = sums.data() + 2 * task * cols, *beta_sum = gamma_sum + cols;
+        for (size_t k = block * kChunk; k < k1; ++k) {
+          dgamma[k] += static_cast<double>(gamma_sum[k]);
+          dbeta[k] += static_cast<double>(beta_sum[k]);
+        }
+      }
+    };
+    const size_t blocks = dgamma == nullptr ? 0 : (cols + kChunk - 1) / kChunk;
+    if (shape.rows * cols < kSerial) {
+      SerialLoop{0}(tasks, one);
+      SerialLoop{0}(blocks, finish);
+    } else {
+      parallel_for(tasks, one);
+      parallel_for(blocks, finish);
+    }
+  }
+
+  // Long rows: all threads on a block of rows, first the sums along the rows, then dx, piece by piece.
+  // Column sums need no partial copies, since a piece's columns belong to one task.
+  static void long_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
+                        const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, bool past_cache) {
+    const size_t cols = shape.cols;
+    const size_t pieces = (cols + kChunk - 1) / kChunk;
+    const size_t in_block = std::max<size_t>(1, kLongBlock / (2 * cols * sizeof(T)) / kSweep) * kSweep;
+    const size_t block_rows = std::min(in_block, shape.rows);
+    const Workspace<Sums> partial(block_rows * pieces);
+    const Workspace<Known> rows(block_rows);
+    const Workspace<Sums> along(block_rows);
+    if (dgamma != nullptr) {
+      std::fill_n(dgamma, cols, 0.0);
+      std::fill_n(dbeta, cols, 0.0);
+    }
+    for (size_t first = 0; first < shape.rows; first += block_rows) {
+      const size_t n = std::min(block_rows, shape.rows - first);
+      for (size_t r = 0; r < n; ++r) rows.data()[r] = known(mean[first + r], var[first + r], eps);
+      parallel_for(pieces, [&](size_t piece, int) {
+        const size_t k0 = piece * kChunk, k1 = std::min(cols, k0 + kChunk);
+        A gamma_sum[kChunk], beta_sum[kChunk];
+        for (size_t r = 0; r < n;) {
+          std::fill_n(gamma_sum, k1 - k0, A{});
+          std::fill_n(beta_sum, k1 - k0, A{});
+          Sums sums[kSweep] = {};
+          const size_t at = (first + r) * cols;
+          const size_t done =
+              sweep_rows(dy + at, x + at, cols, n - r, k0, k1, rows.data() + r, gamma, sums, gamma_sum, beta_sum);
+          for (size_t j = 0; j < done; ++j) partial.data()[(r + j) * pieces + piece] = sums[j];
+          if (dgamma != nullptr)
+            for (size_t k = k0; k < k1; ++k) {
+              dgamma[k] += static_cast<double>(gamma_sum[k - k0]);
+              dbeta[k] += static_cast<double>(beta_sum[k - k0]);
+            }
+          r += done;
+        }
+      });
+      for (size_t r = 0; r < n; ++r) {
+        Sums sum{};
+        for (size_t piece = 0; piece < pieces; ++piece) {
+          sum.g += partial.data()[r * pieces + piece].g;
+          sum.gx += partial.data()[r * pieces + piece].gx;
+        }
+        along.data()[r] = sum;
+      }
+      parallel_for(pieces, [&](size_t i, int) {
+        const size_t k0 = (pieces - 1 - i) * kChunk, k1 = std::min(cols, k0 + kChunk);
+        for (size_t r = n; r-- > 0;) {
+          const size_t at = (first + r) * cols;
+          write_dx(dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, past_cache);
+        }
+        if (past_cache) fence();
+      });
+    }
+  }
+
+  static void backward(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
+                       const void* gamma_given, T* dx, double* dgamma, double* dbeta) {
+    const Parameter<A> gamma(gamma_given, A{1});
+    const bool past_cache = streams(shape.rows * shape.cols * sizeof(T));
+    const auto pass = shape.cols > kLongRow ? long_rows : short_rows;
+    pass(dy, x, shape, mean, var, eps, gamma, dx, dgamma, dbeta, past_cache);
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_LEVEL

@@ -1,0 +1,20 @@
+"""The C++ extension as a table of kernels."""
+
+from __future__ import annotations
+
+try:
+    from fastnorm import _core
+except ModuleNotFoundError:
+    raise ImportError(
+        "the C++ extension was not built: the installation found no working compiler"
+    ) from None
+
+channel_moments = _core.channel_moments
+channel_apply = _core.channel_apply
+channel_forward = _core.channel_forward
+channel_backward_reduce = _core.channel_backward_reduce
+channel_backward_apply = _core.channel_backward_apply
+channel_backward = _core.channel_backward
+row_forward = _core.row_forward
+row_backward = _core.row_backward
+set_num_threads = _core.set_num_threads
