@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 try:
     from fastnorm import _core
 except ModuleNotFoundError:
-    raise ImportError(
-        "the C++ extension was not built: the installation found no working compiler"
-    ) from None
+    _package = Path(__file__).parent.parent
+    _reason = "the C++ extension was not built: no working C++ compiler was found at installation"
+    if (_package.parent / "CMakeLists.txt").exists():
+        _reason = f"the C++ extension is not in the source tree {_package.parent}: import the installed package instead"
+    raise ImportError(_reason) from None
 
 channel_moments = _core.channel_moments
 channel_apply = _core.channel_apply

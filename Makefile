@@ -1,0 +1,51 @@
+# Two commands for everyone: `make run` and `make test`. Each sets up what it needs in a virtual
+# environment of its own (.venv; another with VENV=...).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastnorm -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pyi')
+
+.PHONY: run test lint bench examples develop sanitize clean
+
+# The main job: large arrays, every version and backend, checked and timed; writes table, JSON and plot.
+run: $(VENV)/.installed
+	$(BIN)/fastnorm bench
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp')
+
+# pytest-benchmark: staged, alt and fused, by backend, op, shape and dtype; peers where they are installed.
+bench: $(VENV)/.installed
+	$(BIN)/pytest bench
+
+examples: $(VENV)/.installed
+	$(BIN)/python examples/run_all.py
+
+# Editable: Python changes take effect at once, C++ changes at the next import.
+develop: $(VENV)/.environment
+	$(BIN)/pip install -q scikit-build-core pybind11 cmake ninja
+	$(BIN)/pip install -q --no-build-isolation -Ceditable.rebuild=true -Cbuild-dir=build/editable -e '.[bench,examples,test]'
+	touch $(VENV)/.installed
+
+# The extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.installed
+	.ci/sanitize $(abspath $(BIN))
+
+$(VENV)/.environment:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.environment $(SOURCES)
+	$(BIN)/pip install -q '.[bench,examples,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

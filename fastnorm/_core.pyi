@@ -1,0 +1,47 @@
+"""The C++ extension: the kernels of `fastnorm.backends.KernelTable` and facts about the build."""
+
+from typing import Any
+
+import numpy as np
+
+_Array = np.ndarray[Any, Any]
+
+def channel_moments(x: _Array, outer: int, channels: int, inner: int, mean: _Array, var: _Array, /) -> None: ...
+def channel_apply(
+    x: _Array, outer: int, channels: int, inner: int,
+    mean: _Array, var: _Array, eps: float, gamma: _Array | None, beta: _Array | None, y: _Array, /,
+) -> None: ...  # fmt: skip
+def channel_forward(
+    x: _Array, outer: int, channels: int, inner: int,
+    gamma: _Array | None, beta: _Array | None, eps: float, y: _Array, mean: _Array, var: _Array, /,
+) -> None: ...  # fmt: skip
+def channel_backward_reduce(
+    dy: _Array, x: _Array, outer: int, channels: int, inner: int,
+    mean: _Array, var: _Array, eps: float, sum_dy: _Array, sum_dy_xhat: _Array, /,
+) -> None: ...  # fmt: skip
+def channel_backward_apply(
+    dy: _Array, x: _Array, outer: int, channels: int, inner: int,
+    mean: _Array, var: _Array, eps: float, gamma: _Array | None,
+    sum_dy: _Array, sum_dy_xhat: _Array, count: float, dx: _Array, /,
+) -> None: ...  # fmt: skip
+def channel_backward(
+    dy: _Array, x: _Array, outer: int, channels: int, inner: int,
+    mean: _Array, var: _Array, eps: float, gamma: _Array | None,
+    dx: _Array, sum_dy: _Array, sum_dy_xhat: _Array, /,
+) -> None: ...  # fmt: skip
+def row_forward(
+    x: _Array, rows: int, cols: int,
+    gamma: _Array | None, beta: _Array | None, eps: float, y: _Array, mean: _Array, var: _Array, /,
+) -> None: ...  # fmt: skip
+def row_backward(
+    dy: _Array, x: _Array, rows: int, cols: int,
+    mean: _Array, var: _Array, eps: float, gamma: _Array | None,
+    dx: _Array, dgamma: _Array | None, dbeta: _Array | None, /,
+) -> None: ...  # fmt: skip
+def stream_copy(src: _Array, dst: _Array, /) -> None: ...
+def stream_add(a: _Array, b: _Array, dst: _Array, /) -> None: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def set_isa(name: str, /) -> None: ...
+def set_num_threads(count: int, /) -> None: ...
+def build_info() -> dict[str, Any]: ...
