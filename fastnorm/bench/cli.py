@@ -14,7 +14,7 @@ from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases
 from fastnorm.bench.variants import variants
 
 SIZE, QUICK_SIZE = 256, 32
-BUDGET, QUICK_BUDGET = 40.0, 5.0
+BUDGET, QUICK_BUDGET = 40.0, 8.0
 """Seconds of timed rounds."""
 
 

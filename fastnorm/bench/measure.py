@@ -27,25 +27,24 @@ def interleaved(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the calls in turns, so that a disturbance of the machine hits all of them alike.
 
-    Every call gets `least` rounds; after that it takes part while it has spent less than its share of
-    `budget` (seconds, all calls together), up to `most` rounds. A result is dropped before the next call,
-    outside of what is timed.
+    Every call gets `least` rounds. After that it takes part while all of the calls at its pace would fit
+    what is left of `budget` (seconds, all calls together): slow ones drop out first, fast ones go on, up to
+    `most` rounds. A result is dropped before the next call, outside of what is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    share = budget / max(1, len(calls))
+    left = budget
     collecting = gc.isenabled()
     gc.disable()
     try:
         for turn in range(most):
-            playing = [name for name in calls if turn < least or sum(seconds[name]) < share]
-            if not playing:
-                break
+            playing = [name for name in calls if turn < least or min(seconds[name]) * len(calls) < left]
             for name in playing:
                 tick(name)
                 start = time.perf_counter()
                 result = calls[name]()
                 seconds[name].append(time.perf_counter() - start)
                 del result
+                left -= seconds[name][-1]
     finally:
         if collecting:
             gc.enable()

@@ -26,8 +26,9 @@ Bound = tuple[Callable[[], Any], Callable[[Any], tuple[Array | None, ...]]]
 
 class Peer(NamedTuple):
     module: str
-    bind: Callable[[Case, Inputs, Direction], Bound | None]
-    """None where the peer does not have the op or the dtype."""
+    computes: Callable[[Case], bool]
+    """Whether it has the op and the dtype."""
+    bind: Callable[[Case, Inputs, Direction], Bound]
 
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module) is not None
@@ -36,10 +37,7 @@ class Peer(NamedTuple):
 # ---- PyTorch --------------------------------------------------------------------------------------
 
 
-def _bind_torch(case: Case, inputs: Inputs, direction: Direction) -> Bound | None:
-    functions = _TORCH.get(case.op.name)
-    if functions is None:
-        return None
+def _bind_torch(case: Case, inputs: Inputs, direction: Direction) -> Bound:
     torch: Any = importlib.import_module("torch")
     torch.set_num_threads(fastnorm.get_num_threads())
 
@@ -58,7 +56,7 @@ def _bind_torch(case: Case, inputs: Inputs, direction: Direction) -> Bound | Non
     x, gamma, beta, dout = map(tensor, inputs)
     if case.op.family == "channel":  # PyTorch's channels are axis 1
         x, dout = x.movedim(case.axis, 1), dout.movedim(case.axis, 1)
-    forward, backward = functions(torch, x, gamma, beta, dout)
+    forward, backward = _TORCH[case.op.name](torch, x, gamma, beta, dout)
 
     def arrays(result: Any) -> tuple[Array | None, ...]:
         first, *rest = result if isinstance(result, tuple) else (result,)
@@ -108,9 +106,7 @@ _TORCH = {"batchnorm": _torch_batchnorm, "layernorm": _torch_layernorm}
 # ---- JAX ------------------------------------------------------------------------------------------
 
 
-def _bind_jax(case: Case, inputs: Inputs, direction: Direction) -> Bound | None:
-    if case.op.name not in _JAX_OPS or case.dtype == "float64":  # float64 is a switch of the whole process there
-        return None
+def _bind_jax(case: Case, inputs: Inputs, direction: Direction) -> Bound:
     jax: Any = importlib.import_module("jax")
     jnp: Any = importlib.import_module("jax.numpy")
     affine = tuple(n if axis not in case.reduced_axes else 1 for axis, n in enumerate(case.shape))
@@ -139,6 +135,11 @@ def _bind_jax(case: Case, inputs: Inputs, direction: Direction) -> Bound | None:
     )
 
 
-_JAX_OPS = ("batchnorm", "layernorm")
+def _jax_computes(case: Case) -> bool:
+    return case.op.name in ("batchnorm", "layernorm") and case.dtype != "float64"  # a switch of the whole process
 
-PEERS = {"torch": Peer("torch", _bind_torch), "jax": Peer("jax", _bind_jax)}
+
+PEERS = {
+    "torch": Peer("torch", lambda case: case.op.name in _TORCH, _bind_torch),
+    "jax": Peer("jax", _jax_computes, _bind_jax),
+}

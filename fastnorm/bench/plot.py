@@ -149,6 +149,6 @@ def _headings(figure: Any, report: Report, size: tuple[float, float]) -> None:
     present = {row.variant for section in report.sections for row in _shown(section)}
     handles = [Patch(color=colour, label=label) for name, (colour, label) in _STYLES.items() if name in present]
     figure.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(left - 0.08 / width, 0.1 / height), ncols=len(handles), frameon=False,
-        fontsize=8, handlelength=1.0, handleheight=0.9, columnspacing=1.4, borderpad=0.2, handletextpad=0.5,
+        handles=handles, ncols=len(handles), loc="lower left", bbox_to_anchor=(left - 0.08 / width, 0.1 / height),
+        frameon=False, fontsize=8, handlelength=1.0, handleheight=0.9, handletextpad=0.5, columnspacing=1.4,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import geometric_mean
+
 from fastnorm.bench.run import Report, Row, Section
 
 COLUMNS = ("variant", "min ms", "median ms", "no out= ms", "GB/s", "of floor", "extra memory", "vs staged", "error")
@@ -62,6 +64,22 @@ def title(section: Section) -> str:
     )
 
 
+def _summary(report: Report) -> list[str]:
+    """Each variant over all sections."""
+    rows: dict[str, list[Row]] = {}
+    for section in report.sections:
+        for row in section.rows:
+            if row.best is not None:
+                rows.setdefault(row.variant, []).append(row)
+    lines = ["geometric means over the sections"]
+    for variant, own in rows.items():
+        shares = [row.share_of_floor for row in own if row.share_of_floor]
+        speedups = [row.speedup_over_staged for row in own if row.speedup_over_staged]
+        line = f"  {variant.ljust(WIDTHS[0])} {geometric_mean(shares):.2f} of the floor"
+        lines.append(line + (f", {geometric_mean(speedups):.1f}x staged" if speedups else ""))
+    return lines
+
+
 def render(report: Report) -> str:
     """The whole report."""
     machine = report.machine
@@ -74,5 +92,5 @@ def render(report: Report) -> str:
             f"{section.floor_gigabytes_per_second:.1f}", "1.00", "-", "-", "-",
         )  # fmt: skip
         lines += [_line(floor), ""]
-    lines.append(LEGEND.format(floor=report.floor))
+    lines += [*_summary(report), "", LEGEND.format(floor=report.floor)]
     return "\n".join(lines)

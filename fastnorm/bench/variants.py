@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import fastnorm
@@ -48,45 +49,43 @@ class Variant:
         """Whether its error may not grow with the length of the reductions (the fused kernels' promise)."""
         return self.name == "fused"
 
-    def bind(self, case: Case, inputs: Inputs, direction: Direction, out: Array | None = None) -> Call | None:
-        """The call, or None where this variant does not compute that direction of the case.
+    def computes(self, case: Case, direction: Direction) -> bool:
+        """Whether it computes that direction of the case."""
+        if self.name in peers.PEERS:
+            return peers.PEERS[self.name].computes(case)
+        if self.name == "staged":
+            return case.op.forward_staged is not None and case.op.backward_staged is not None
+        if self.name == "alt":
+            return direction == "backward" and case.op.backward_alt is not None
+        return True
 
-        A backward's cache is made here, outside of what is timed. `out` is for variants that take it.
+    def bind(self, case: Case, inputs: Inputs, direction: Direction, out: Array | None = None) -> Call:
+        """The call, where `computes` is true. `out` is for variants that take it.
+
+        A backward's cache is made here, outside of what is timed.
         """
         if self.name in peers.PEERS:
-            bound = peers.PEERS[self.name].bind(case, inputs, direction)
-            return None if bound is None else Call(*bound)
+            return Call(*peers.PEERS[self.name].bind(case, inputs, direction))
         return _own(self, case, inputs, direction, out)
 
 
-def _own(variant: Variant, case: Case, inputs: Inputs, direction: Direction, out: Array | None) -> Call | None:
+def _own(variant: Variant, case: Case, inputs: Inputs, direction: Direction, out: Array | None) -> Call:
     op, (x, gamma, beta, dout) = case.op, inputs
-    fused: dict[str, Any] = {"backend": variant.backend}
-
-    def forward() -> tuple[Array, Any]:
-        return op.forward(x, gamma, beta, {}, axis=case.axis, out=out, **fused)
-
-    def forward_staged() -> tuple[Array, Any]:
-        assert op.forward_staged is not None
-        return op.forward_staged(x, gamma, beta, {}, axis=case.axis)
-
-    if direction == "forward":
-        if variant.name == "alt" or (variant.name == "staged" and op.forward_staged is None):
-            return None
-        # The cache counts: a caller who trains keeps it.
-        return Call(forward_staged if variant.name == "staged" else forward, lambda result: (result[0],))
-
+    backward: Callable[..., Any]
     if variant.name == "staged":
-        backward_staged = op.backward_staged
-        if backward_staged is None:
-            return None
-        staged_cache = forward_staged()[1]
-        return Call(lambda: backward_staged(dout, staged_cache), tuple)
-    cache = forward()[1]
-    if variant.name == "alt":
-        backward_alt = op.backward_alt
-        return None if backward_alt is None else Call(lambda: backward_alt(dout, cache), tuple)
-    return Call(lambda: op.backward(dout, cache, out=out, **fused), tuple)
+        assert op.forward_staged is not None
+        assert op.backward_staged is not None
+        forward, backward = partial(op.forward_staged, axis=case.axis), op.backward_staged
+    elif variant.name == "alt":  # the closed form takes the fused forward's cache
+        assert op.backward_alt is not None
+        forward, backward = partial(op.forward, axis=case.axis), op.backward_alt
+    else:
+        forward = partial(op.forward, axis=case.axis, out=out, backend=variant.backend)
+        backward = partial(op.backward, out=out, backend=variant.backend)
+    if direction == "forward":  # the cache is part of the result: a caller who trains keeps it
+        return Call(lambda: forward(x, gamma, beta, {}), lambda result: result[:1])
+    cache = forward(x, gamma, beta, {})[1]
+    return Call(lambda: backward(dout, cache), tuple)
 
 
 def variants(backends: Sequence[str] | None = None, *, with_peers: bool = False) -> list[Variant]:

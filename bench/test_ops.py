@@ -1,0 +1,83 @@
+"""Every op, case, direction and variant, checked and timed.
+
+    pytest bench                                    a few cases in float32
+    pytest bench --full --dtype float32 --dtype float16
+    pytest bench -k "layernorm and backward" --benchmark-json=figures.json
+
+Variants run one after the other here, each for a fixed time; `python -m fastnorm bench` takes turns.
+
+The table has a group for each case and direction. Fused variants write to a reused `out=`; those marked
+'fresh' into a new array each call. `extra_info` in the JSON has the bytes moved, GB/s, the share of the
+memory floor measured in the same session, and the error against the float64 reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import fastnorm
+from fastnorm.bench import check, roof
+from fastnorm.bench.cases import DIRECTIONS, Case, suite_cases
+from fastnorm.bench.variants import Variant, variants
+
+# JAX and PyTorch warn of matters of their own.
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
+
+
+def _parameters(config: pytest.Config) -> Iterator[Any]:
+    chosen = variants(with_peers=not config.getoption("--no-peers"))
+    dtypes = list(dict.fromkeys(config.getoption("--dtype") or ["float32"]))
+    for case in suite_cases(full=config.getoption("--full"), dtypes=dtypes):
+        for direction in DIRECTIONS:
+            for variant in chosen:
+                if variant.computes(case, direction):
+                    for fresh in (False, True) if variant.takes_out else (True,):
+                        label = f"{variant.label}, fresh" if variant.takes_out and fresh else variant.label
+                        yield pytest.param(case, direction, variant, fresh, id=f"{case}, {direction}: {label}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize(("case", "direction", "variant", "fresh"), list(_parameters(metafunc.config)))
+
+
+@pytest.mark.benchmark(min_rounds=3, max_time=0.25, disable_gc=True)
+def test_op(
+    benchmark: Any,
+    case: Case,
+    direction: Any,
+    variant: Variant,
+    fresh: bool,
+    inputs: Callable[..., Any],
+    reference: Callable[..., Any],
+    floor: Callable[..., float],
+) -> None:
+    call = variant.bind(case, inputs(case), direction, None if fresh else case.empty())
+    error = check.error(case, call.arrays(call.run()), reference(case, direction))
+    assert error <= check.tolerance(case, exact=variant.exact)
+
+    benchmark.group = f"{case}, {direction}"
+    benchmark.name = f"{variant.label}, fresh" if variant.takes_out and fresh else variant.label
+    moved = case.bytes_moved(direction)
+    benchmark.extra_info |= {
+        "op": case.op.name,
+        "layout": case.layout.label,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "direction": direction,
+        "variant": variant.name,
+        "backend": variant.backend,
+        "out": "fresh" if fresh else "reused",
+        "threads": fastnorm.get_num_threads(),
+        "bytes_moved": moved,
+        "error": error,
+        "floor": roof.description(),
+        "floor_seconds": floor(case, direction),
+    }
+    benchmark(call.run)
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        best = benchmark.stats.stats.min
+        benchmark.extra_info["gigabytes_per_second"] = moved / best / 1e9
+        benchmark.extra_info["share_of_floor"] = floor(case, direction) / best
