@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import fastnorm
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastnorm", description=fastnorm.__doc__)
+    program = "fastnorm" if Path(sys.argv[0]).stem == "fastnorm" else "python -m fastnorm"
+    parser = argparse.ArgumentParser(prog=program, description=fastnorm.__doc__)
     parser.add_argument("--version", action="version", version=fastnorm.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="print versions, the extension, threads and backends")

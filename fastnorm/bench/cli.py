@@ -81,7 +81,7 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def _write(report: run.Report, options: argparse.Namespace) -> list[Path]:
     figures = options.output.with_name(options.output.name + ".json")
-    figures.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    figures.write_text(json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
     if options.no_plot:
         return [figures]
     try:
@@ -106,10 +106,9 @@ def _fitting(size: int, ops: tuple[str, ...], dtypes: list[str]) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:

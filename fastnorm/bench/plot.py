@@ -19,7 +19,7 @@ _STYLES = {
     "fused cpp": ("#0072b2", "fused, C++"),
 }
 _ORDER = list(_STYLES)
-_INK, _MUTED, _GRID = "#222222", "#666666", "#e6e6e6"
+_INK, _MUTED, _GRID, _WRONG = "#222222", "#666666", "#e6e6e6", "#c00000"
 _BAR, _GAP = 1.0, 1.3
 """Height of a bar, and of the space between groups."""
 
@@ -84,9 +84,9 @@ def _panel(axes: Any, sections: list[Section], heights: list[float]) -> None:
             text = f"{milliseconds(row.best)} ms" + ("" if row.correct else "  WRONG")
             inside = row.share_of_floor > 0.82 * limit  # else the label would reach the floor line
             axes.annotate(
-                text, (row.share_of_floor, y), (-4 if inside else 4, 0), textcoords="offset points",
-                ha="right" if inside else "left", va="center_baseline", fontsize=7.5,
-                color="white" if inside else _MUTED, zorder=4,
+                text, (min(row.share_of_floor, 1.0) if inside else row.share_of_floor, y), (-4 if inside else 4, 0), textcoords="offset points",
+                ha="right" if inside else "left", va="center_baseline", fontsize=7.5, zorder=4,
+                color="white" if inside else _MUTED if row.correct else _WRONG,
             )  # fmt: skip
         top += height
     axes.axvline(1.0, color=_INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=3)
@@ -97,7 +97,8 @@ def _panel(axes: Any, sections: list[Section], heights: list[float]) -> None:
     axes.set_xlim(0, 1.06 * limit)
     axes.set_ylim(top - _GAP + 0.35, -0.35)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    axes.set_xlabel("share of the memory floor (time of the floor / time)", color=_MUTED, fontsize=8.5)
+    bare = "copying x" if sections[0].direction == "forward" else "adding dout and x"
+    axes.set_xlabel(f"share of the memory floor: time of {bare} / time", color=_MUTED, fontsize=8.5)
     axes.set_axisbelow(True)
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     axes.tick_params(axis="x", length=0, colors=_MUTED)

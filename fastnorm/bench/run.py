@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,16 @@ class Report:
         return all(row.correct for section in self.sections for row in section.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which knows neither NaN nor infinity: those are None."""
+        return dict(_finite(asdict(self)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def memory_needed(case: Case, *, baselines: bool) -> int:

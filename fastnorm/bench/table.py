@@ -67,7 +67,7 @@ def title(section: Section) -> str:
 def _summary(report: Report) -> list[str]:
     """Each variant over all sections."""
     rows: dict[str, list[Row]] = {}
-    for section in report.sections:
+    for section in sorted(report.sections, key=lambda section: -len(section.rows)):  # the order with alt in it
         for row in section.rows:
             if row.best is not None:
                 rows.setdefault(row.variant, []).append(row)
