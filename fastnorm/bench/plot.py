@@ -83,8 +83,9 @@ def _panel(axes: Any, sections: list[Section], heights: list[float]) -> None:
             axes.barh(y, row.share_of_floor, height=0.82 * _BAR, color=colour, linewidth=0, zorder=2)
             text = f"{milliseconds(row.best)} ms" + ("" if row.correct else "  WRONG")
             inside = row.share_of_floor > 0.82 * limit  # else the label would reach the floor line
+            end = min(row.share_of_floor, 1.0) if inside else row.share_of_floor
             axes.annotate(
-                text, (min(row.share_of_floor, 1.0) if inside else row.share_of_floor, y), (-4 if inside else 4, 0), textcoords="offset points",
+                text, (end, y), (-4 if inside else 4, 0), textcoords="offset points",
                 ha="right" if inside else "left", va="center_baseline", fontsize=7.5, zorder=4,
                 color="white" if inside else _MUTED if row.correct else _WRONG,
             )  # fmt: skip
