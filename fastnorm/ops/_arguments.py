@@ -104,13 +104,17 @@ def checked_dout(dout: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def per_channel(name: str, value: Any, channels: int, *, expected: str = "") -> Array:
-    """Statistics or sums handed in by the caller, as 1-D float64 of one element a channel."""
+def _one_per_channel(name: str, value: Any, channels: int) -> Array:
     array = as_array(name, value)
     storage_dtype(name, array)
     if array.size != channels or max(array.shape, default=1) != channels:
-        raise ValueError(f"{name}: expected {channels} elements, one per channel{expected}, got shape {array.shape}")
-    return np.require(array, np.float64, ("C", "A")).reshape(-1)
+        raise ValueError(f"{name}: expected {channels} elements, one per channel of x, got shape {array.shape}")
+    return array
+
+
+def per_channel(name: str, value: Any, channels: int) -> Array:
+    """Statistics or sums handed in by the caller, as 1-D float64 of one element a channel."""
+    return np.require(_one_per_channel(name, value, channels), np.float64, ("C", "A")).reshape(-1)
 
 
 def checked_count(count: Any) -> float:
@@ -167,13 +171,7 @@ def batchnorm_options(bn_param: Any, channels: int) -> BatchnormOptions:
 def _running(param: dict[str, Any], key: str, channels: int) -> Array | None:
     """A running statistic as the caller stored it, if its length fits."""
     value = param.get(key)
-    if value is None:
-        return None
-    array = as_array(key, value)
-    storage_dtype(key, array)
-    if array.size != channels:
-        raise ValueError(f"{key}: expected {channels} elements, one per channel of x, got shape {array.shape}")
-    return array
+    return None if value is None else _one_per_channel(key, value, channels)
 
 
 def constants(options: BatchnormOptions) -> tuple[Array, Array]:

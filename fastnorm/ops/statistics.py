@@ -29,6 +29,7 @@ class Moments(NamedTuple):
     mean: Array
     var: Array
 
+    @np.errstate(invalid="ignore", over="ignore")
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of data together."""
         if self.mean.shape != other.mean.shape:
