@@ -1,0 +1,264 @@
+"""What the tests add to the case table of fastnorm.bench.cases: hostile shapes and layouts, and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from tolerances import roundoff, tolerance
+
+from fastnorm import _layout
+from fastnorm.bench.cases import OPS, Case, Inputs, Layout, dtype_of
+
+Array = np.ndarray[Any, Any]
+
+EPS = 1e-5
+
+# Around the vector widths of every dtype and instruction set (4 to 64 elements), primes, one, thousands.
+WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 1009, 4099)
+SHAPES = (
+    *((5, width) for width in WIDTHS),
+    *((width, 3) for width in WIDTHS),
+    (1, 1), (2, 1), (1, 2), (2053, 65), (40009, 3), (3, 40009), (300, 300),
+    (1, 1, 1), (3, 5, 7), (2, 17, 33), (13, 1, 11), (1, 2, 4099), (5, 67, 1),
+    (2, 3, 4, 5), (4, 16, 7, 7), (3, 64, 1, 1), (2, 5, 14, 14), (1, 3, 64, 65), (2, 33, 3, 31),
+    (2, 3, 2, 3, 4),
+)  # fmt: skip
+"""Normalized over axis 1 (layernorm: from axis 1 on), in C order."""
+
+AXES = (
+    ((4, 5), 0), ((4, 5), -1), ((3, 4, 5), 0), ((3, 4, 5), 2), ((2, 3, 4, 5), -1), ((2, 3, 4, 5), 2),
+    ((2, 3, 4, 5), -4), ((2, 1, 3, 1, 4), 3),
+)  # fmt: skip
+
+
+def case(op: str, shape: tuple[int, ...], axis: int = 1, dtype: str = "float32") -> Case:
+    return Case(OPS[op], Layout(f"axis {axis} of {len(shape)}", len(shape), axis), shape, dtype)
+
+
+# ---- layouts --------------------------------------------------------------------------------------
+
+
+def _permuted(*order: int) -> Callable[[Array], Array]:
+    """The memory order of the axes, given by their positions, negative ones from the end."""
+
+    def arrange(values: Array) -> Array:
+        axes = tuple(axis % values.ndim for axis in order)
+        axes = (*(axis for axis in range(values.ndim) if axis not in axes), *axes)
+        return np.ascontiguousarray(values.transpose(axes)).transpose(np.argsort(axes))
+
+    return arrange
+
+
+def _stepped(step: int) -> Callable[[Array], Array]:
+    """Every axis with this step, a negative one backwards, over an array with gaps."""
+
+    def arrange(values: Array) -> Array:
+        wide = np.zeros([n * abs(step) for n in values.shape], values.dtype)
+        view = wide[(slice(None, None, step),) * values.ndim]
+        view[...] = values
+        return view
+
+    return arrange
+
+
+def _offset(values: Array) -> Array:
+    """Dense and aligned to its element, but not to a vector."""
+    flat = np.empty(values.size + 3, values.dtype)[3:]
+    flat[...] = values.reshape(-1)
+    return flat.reshape(values.shape)
+
+
+def _padded(values: Array) -> Array:
+    """The left part of wider rows."""
+    wide = np.zeros((*values.shape[:-1], values.shape[-1] + 3), values.dtype)
+    wide[..., :-3] = values
+    return wide[..., :-3]
+
+
+def _unaligned(values: Array) -> Array:
+    raw = np.empty(values.nbytes + 1, np.uint8)
+    view = raw[1:].view(values.dtype).reshape(values.shape)
+    view[...] = values
+    return view
+
+
+def _broadcast(axis: int) -> Callable[[Array], Array]:
+    """Zero stride along one axis: all of it the first value."""
+
+    def arrange(values: Array) -> Array:
+        return np.broadcast_to(np.take(values, [0], axis), values.shape)
+
+    return arrange
+
+
+def _foreign(values: Array) -> Array:
+    return values.astype(values.dtype.newbyteorder("S")) if values.dtype.kind == "f" else values
+
+
+def _read_only(values: Array) -> Array:
+    values = values.copy()
+    values.flags.writeable = False
+    return values
+
+
+ARRANGEMENTS: dict[str, Callable[[Array], Array]] = {
+    "C": np.ascontiguousarray,
+    "F": np.asfortranarray,
+    "channels-last": _permuted(1),
+    "samples innermost": _permuted(0),
+    "swapped": _permuted(-1, -2),
+    "gaps": _stepped(2),
+    "reversed": _stepped(-1),
+    "reversed gaps": _stepped(-3),
+    "padded": _padded,
+    "offset": _offset,
+    "unaligned": _unaligned,
+    "constant samples": _broadcast(0),
+    "constant rows": _broadcast(-1),
+    "foreign byte order": _foreign,
+    "read-only": _read_only,
+}
+WRITABLE = tuple(
+    name for name in ARRANGEMENTS if not name.startswith("constant") and name not in ("read-only", "foreign byte order")
+)
+
+
+def storage(array: Array) -> np.dtype[Any]:
+    """The dtype of a result for this input."""
+    return _layout.storage_dtype("x", array)
+
+
+# ---- the truth ------------------------------------------------------------------------------------
+
+
+class Quantity(NamedTuple):
+    value: Array
+    magnitude: Array
+    """M of tolerances.py."""
+
+
+class Truth(NamedTuple):
+    y: Quantity
+    mean: Quantity
+    var: Quantity
+    dx: Quantity
+    dgamma: Quantity
+    dbeta: Quantity
+    terms: int
+    accumulation: np.dtype[Any]
+
+
+def truth(
+    case: Case, x: Array, gamma: Array | None, beta: Array | None, dout: Array,
+    *, eps: float = EPS, constants: tuple[Array, Array] | None = None, naive: bool = False,
+) -> Truth:  # fmt: skip
+    """Every result by the textbook formulas in a wider dtype, from the inputs as they are stored.
+
+    constants : (mean, var) of test mode, one element per channel or row.
+    naive : for implementations that keep the mean in the accumulation dtype.
+    """
+    accumulation = _layout.accumulation_dtype(storage(x))  # the statistics', however wide dout is
+    wider = np.dtype(np.longdouble if accumulation == np.float64 else np.float64)
+
+    def wide(array: Array) -> Array:
+        return np.asarray(array).astype(wider)
+
+    axes = case.kept_axes if case.op.family == "channel" else case.reduced_axes
+    among = [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
+    samples = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    x, dout = wide(x), wide(dout)
+    scale = np.ones(among, wider) if gamma is None else wide(gamma).reshape(among)
+    shift = np.zeros(among, wider) if beta is None else wide(beta).reshape(among)
+
+    def mean_of(values: Array) -> Array:
+        return values.mean(axis=case.reduced_axes, keepdims=True)
+
+    if constants is None:
+        mean = mean_of(x)
+        var = mean_of((x - mean) ** 2)
+    else:
+        mean, var = (wide(value).reshape(among) for value in constants)
+    total = var + wider.type(eps)
+    rstd = np.divide(1, np.sqrt(total), out=np.zeros_like(total), where=total != 0)
+    xhat = (x - mean) * rstd
+    # The rounding of the mean itself, in units of u_a: all of it where it is kept in the accumulation dtype.
+    u = roundoff(accumulation) * np.sqrt(case.reduction)
+    mean_rounding = np.abs(mean) * (1 if naive else roundoff(np.float64) / roundoff(accumulation))
+    one = 1 + mean_rounding * rstd
+    size = np.abs(xhat) + one
+    grad, weight = dout * scale, np.abs(dout * scale)
+    if constants is None:
+        dx = rstd * (grad - mean_of(grad) - xhat * mean_of(grad * xhat))
+        dx_magnitude = rstd * (weight + mean_of(weight) + size * mean_of(weight * size))
+    else:
+        dx, dx_magnitude = rstd * grad, rstd * weight
+
+    terms = 0 if constants is not None else case.reduction
+    summed = x.size // max(1, int(np.prod(case.parameter_shape)))
+    return Truth(
+        y=Quantity(scale * xhat + shift, np.abs(scale) * size + np.abs(shift)),
+        mean=Quantity(mean.reshape(-1), (np.sqrt(var) + mean_rounding).reshape(-1)),
+        var=Quantity(var.reshape(-1), (var + np.sqrt(var) * mean_rounding + mean_rounding**2 * u).reshape(-1)),
+        dx=Quantity(dx, dx_magnitude),
+        dgamma=Quantity((dout * xhat).sum(axis=samples), (np.abs(dout) * size).sum(axis=samples)),
+        dbeta=Quantity(dout.sum(axis=samples), np.abs(dout).sum(axis=samples)),
+        terms=terms + summed,
+        accumulation=accumulation,
+    )
+
+
+def check(name: str, got: Array, expected: Quantity, truth: Truth) -> None:
+    """Fail unless `got` is within its tolerance everywhere; NaN and Inf must be where the truth has them."""
+    value = expected.value.reshape(got.shape)
+    magnitude = expected.magnitude.reshape(got.shape)
+    stored = np.dtype(got.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.abs(got.astype(value.dtype) - value)
+        allowed = tolerance(value, magnitude, stored, truth.accumulation, truth.terms)
+        wrong = ~((error <= allowed) | (np.isnan(value) & np.isnan(got)) | (value == got))
+    if wrong.any():
+        worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(error / allowed, nan=np.inf), 0)), got.shape)
+        raise AssertionError(
+            f"{name}: {wrong.sum()} of {got.size} elements off, worst at {tuple(map(int, worst))}: "
+            f"got {got[worst]}, expected {float(value[worst])}, error {float(error[worst]):.3g}, "
+            f"allowed {float(allowed[worst]):.3g}"
+        )
+
+
+def check_all(expected: Truth, results: dict[str, Array | None]) -> None:
+    """Check each named result (y, mean, var, dx, dgamma, dbeta) against the truth."""
+    for name, got in results.items():
+        assert got is not None, name
+        check(name, got, getattr(expected, name), expected)
+
+
+@lru_cache(maxsize=8)
+def standard(op: str, shape: tuple[int, ...], axis: int = 1, dtype: str = "float32") -> tuple[Case, Inputs, Truth]:
+    """A case, its standard inputs (not to be written to) and the truth for them."""
+    this = case(op, shape, axis, dtype)
+    inputs = this.inputs()
+    for array in inputs:
+        array.flags.writeable = False
+    return this, inputs, truth(this, *inputs)
+
+
+def fused(case: Case, inputs: Inputs, backend: str, *, eps: float = EPS) -> dict[str, Array | None]:
+    """Forward and backward on a backend, without what is None."""
+    x, gamma, beta, dout = inputs
+    y, cache = case.op.forward(x, gamma, beta, {"eps": eps}, axis=case.axis, backend=backend)
+    dx, dgamma, dbeta = case.op.backward(dout, cache, backend=backend)
+    found = {"y": y, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rearranged(inputs: Inputs, x: str, dout: str | None = None) -> Inputs:
+    """The same inputs with x (and dout) in other layouts."""
+    return inputs._replace(
+        x=ARRANGEMENTS[x](inputs.x), dout=inputs.dout if dout is None else ARRANGEMENTS[dout](inputs.dout)
+    )
+
+
+__all__ = ["ARRANGEMENTS", "AXES", "EPS", "OPS", "SHAPES", "WRITABLE", "Case", "Inputs", "dtype_of"]
