@@ -1,0 +1,115 @@
+"""How kernels are compiled and started: `compiled`, `Kernel`, threads, processes.
+
+Numba offers three threading layers, each with a way to end the process: under omp a forked child that
+enters it is killed, workqueue aborts when two Python threads enter it at once. So a forked child runs
+serially, and workqueue is entered under a lock, serially where it is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba as _typed_numba
+
+from fastnorm.backends.numba_cpu import _tasks
+
+numba: Any = _typed_numba  # the stubs of Numba know only part of what it exports
+
+PARALLEL_FROM = 1 << 15
+"""Elements from which a kernel runs in parallel: a parallel region costs about 2 us with omp."""
+
+HELPER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Options of what only kernels call; compiling the wrappers that Python would need costs as much again."""
+
+compiled = numba.njit(nogil=True, **HELPER)
+"""Compile a function that kernels call; its machine code is cached with theirs."""
+
+# ---- threads and processes ------------------------------------------------------------------------
+
+_threads = 1
+_forked = False
+_workqueue = threading.Lock()
+
+
+def set_num_threads(count: int) -> None:
+    """Use at most this many threads from now on."""
+    global _threads
+    _threads = min(count, numba.config.NUMBA_NUM_THREADS)
+
+
+def threads() -> int:
+    """The number of threads that a large call uses in this process."""
+    return 1 if _forked else _threads
+
+
+def _after_fork() -> None:
+    global _forked, _workqueue
+    _forked = True
+    _workqueue = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+# ---- kernels --------------------------------------------------------------------------------------
+
+
+def _sources_stamp() -> tuple[tuple[float, int], ...]:
+    """Modification time and size of every source that kernels are compiled from."""
+    here = Path(__file__).parent
+    files = (*sorted(here.glob("*.py")), here.parent / "numba_formulas.py")
+    return tuple((stat.st_mtime, stat.st_size) for stat in (file.stat() for file in files))
+
+
+_launchers: dict[bool, Any] = {}
+_launchers_lock = threading.Lock()
+
+
+def _launcher(parallel: bool) -> int:
+    """Address of the loop over tasks; compiled on first use, cached on disk."""
+    with _launchers_lock:
+        if parallel not in _launchers:
+            function = _tasks.run_parallel if parallel else _tasks.run_serial
+            _launchers[parallel] = numba.cfunc("void(int64,int64,int64)", cache=True, parallel=parallel)(function)
+        address: int = _launchers[parallel].address
+    return address
+
+
+class Kernel:
+    """A function of (launcher, *arguments), called with (elements it works through, *arguments)."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._run = numba.njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)(function)
+        # The cache notices changes of the file that holds a function, not of those it calls.
+        self._run._cache._cache_file._source_stamp = _sources_stamp()
+
+    def __call__(self, elements: int, *arguments: Any) -> None:
+        if elements < PARALLEL_FROM or threads() == 1:
+            self._run(_launcher(parallel=False), *arguments)
+            return
+        before = numba.get_num_threads()  # per Python thread; also starts the threading layer
+        if numba.threading_layer() != "workqueue":
+            self._run_parallel(before, arguments)
+        elif _workqueue.acquire(blocking=False):
+            try:
+                self._run_parallel(before, arguments)
+            finally:
+                _workqueue.release()
+        else:
+            self._run(_launcher(parallel=False), *arguments)
+
+    def _run_parallel(self, before: int, arguments: tuple[Any, ...]) -> None:
+        """Run on `_threads` threads, and leave the caller's own Numba setting as it was."""
+        launcher = _launcher(parallel=True)
+        if before == _threads:
+            self._run(launcher, *arguments)
+            return
+        numba.set_num_threads(_threads)
+        try:
+            self._run(launcher, *arguments)
+        finally:
+            numba.set_num_threads(before)

@@ -1,0 +1,86 @@
+"""The scalar formulas of the Numba backends, undecorated: each target compiles them for itself.
+
+Plain Python on scalars, in the symbols of `KernelTable`. Statistics and coefficients are float64; what a
+formula computes per element stays in the type of its arguments.
+
+A float64 mean enters a float32 loop in two parts, centre = float32(mean) and rest = mean - centre: the
+loop subtracts the centre, which is exact for values near it, and the rest is folded into a coefficient.
+So values of 1e6 +- 1 are normalized to float32's accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
+
+def rstd(var: float, eps: float) -> float:
+    """1/sqrt(var + eps), and 0 where var + eps is 0."""
+    total = var + eps
+    return 0.0 if total == 0.0 else 1.0 / math.sqrt(total)
+
+
+def bounded(coefficient: float) -> float:
+    """The coefficient, kept finite in float32: where a factor overflows, 0 times it must stay 0."""
+    return min(max(coefficient, -LARGEST_FLOAT32), LARGEST_FLOAT32) if math.isfinite(coefficient) else coefficient
+
+
+def centred_squares(squares: float, count: int, offset: float) -> float:
+    """Sum of squares about the mean, from those about a centre that the mean exceeds by `offset`."""
+    corrected = squares - count * offset * offset
+    return 0.0 if corrected < 0.0 else corrected  # NaN stays
+
+
+def merged_mean(mean_a: float, mean_b: float, share_b: float) -> float:
+    """Chan's rule: the mean of a and b together, b having `share_b` of the count of both."""
+    return mean_b if share_b == 1.0 else mean_a + (mean_b - mean_a) * share_b
+
+
+def merged_squares(
+    mean_a: float, squares_a: float, mean_b: float, squares_b: float, count_a: int, share_b: float
+) -> float:
+    """Chan's rule: the centred squares of a and b together."""
+    if count_a == 0:  # not 0 times delta^2, which may overflow
+        return squares_b
+    delta = mean_b - mean_a
+    return squares_a + squares_b + delta * delta * (count_a * share_b)
+
+
+def normalized(x: float, centre: float, scale: float, shift: float) -> float:
+    """y = (x - mean)*scale + beta, with shift = beta - rest*scale."""
+    return (x - centre) * scale + shift
+
+
+def input_gradient(dy: float, x: float, centre: float, scale: float, lift: float, slope: float) -> float:
+    """dx = scale*(dy - sum_dy/n - xhat*sum_dy_xhat/n), the constants as `gradient_line` gives them.
+
+    With one value per channel dy equals lift and x the centre: exactly 0.
+    """
+    return scale * ((dy - lift) - (x - centre) * slope)
+
+
+def gradient_line(rstd: float, rest: float, mean_dy: float, mean_dy_xhat: float) -> tuple[float, float]:
+    """(lift, slope) such that mean_dy + xhat*mean_dy_xhat = lift + (x - centre)*slope."""
+    slope = rstd * mean_dy_xhat
+    return mean_dy - rest * slope, slope
+
+
+def sum_times_xhat(rstd: float, rest: float, sum_dy: float, sum_dy_centred: float) -> float:
+    """sum(dy*xhat) from sum(dy) and sum(dy*(x - centre))."""
+    return rstd * (sum_dy_centred - rest * sum_dy)
+
+
+def widened_bfloat16(bits: Any) -> Any:
+    """The bits of the float32 that a bfloat16 stands for."""
+    return np.uint32(bits) << np.uint32(16)
+
+
+def narrowed_bfloat16(bits: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
+    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+        return (bits >> np.uint32(16)) | np.uint32(0x0040)
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
