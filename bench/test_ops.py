@@ -34,13 +34,12 @@ def _parameters(config: pytest.Config) -> Iterator[Any]:
         for direction in DIRECTIONS:
             for variant in chosen:
                 if variant.computes(case, direction):
-                    for fresh in (False, True) if variant.takes_out else (True,):
-                        label = f"{variant.label}, fresh" if variant.takes_out and fresh else variant.label
-                        yield pytest.param(case, direction, variant, fresh, id=f"{case}, {direction}: {label}")
+                    for label, reuse in variant.labels.items():
+                        yield pytest.param(case, direction, variant, label, reuse, id=f"{case}, {direction}: {label}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize(("case", "direction", "variant", "fresh"), list(_parameters(metafunc.config)))
+    metafunc.parametrize(("case", "direction", "variant", "label", "reuse"), list(_parameters(metafunc.config)))
 
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.25, disable_gc=True)
@@ -49,17 +48,18 @@ def test_op(
     case: Case,
     direction: Any,
     variant: Variant,
-    fresh: bool,
+    label: str,
+    reuse: bool,
     inputs: Callable[..., Any],
     reference: Callable[..., Any],
     floor: Callable[..., float],
 ) -> None:
-    call = variant.bind(case, inputs(case), direction, None if fresh else case.empty())
+    call = variant.bind(case, inputs(case), direction, case.empty() if reuse else None)
     error = check.error(case, call.arrays(call.run()), reference(case, direction))
     assert error <= check.tolerance(case, exact=variant.exact)
 
     benchmark.group = f"{case}, {direction}"
-    benchmark.name = f"{variant.label}, fresh" if variant.takes_out and fresh else variant.label
+    benchmark.name = label
     moved = case.bytes_moved(direction)
     benchmark.extra_info |= {
         "op": case.op.name,
@@ -69,7 +69,7 @@ def test_op(
         "direction": direction,
         "variant": variant.name,
         "backend": variant.backend,
-        "out": "fresh" if fresh else "reused",
+        "out": "reused" if reuse else "fresh",
         "threads": fastnorm.get_num_threads(),
         "bytes_moved": moved,
         "error": error,

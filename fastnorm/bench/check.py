@@ -16,7 +16,7 @@ import fastnorm
 from fastnorm.backends import Array, flat
 from fastnorm.bench.cases import Case, Direction, Inputs, dtype_of
 
-_SLAB = 1 << 22
+_SLAB = 1 << 20
 """Elements of the reference computed at a time."""
 _BLOCK = 1 << 16
 """Elements compared at a time: a few float64 blocks that stay in the cache."""
@@ -35,18 +35,23 @@ def reference(case: Case, inputs: Inputs, direction: Direction) -> tuple[Array, 
         slab = (slice(None),) * axis + (part,)
         own = part if case.op.family == "channel" else slice(None)  # the parameters of the slab
         out, cache = case.op.forward(
-            x[slab].astype(np.float64), gamma[own].astype(np.float64), beta[own].astype(np.float64), {},
+            _widened(x[slab], axis), gamma[own].astype(np.float64), beta[own].astype(np.float64), {},
             axis=case.axis, backend="numpy",
         )  # fmt: skip
         if direction == "forward":
             result[slab] = out
             continue
-        result[slab], slab_dgamma, slab_dbeta = case.op.backward(dout[slab].astype(np.float64), cache, backend="numpy")
+        result[slab], slab_dgamma, slab_dbeta = case.op.backward(_widened(dout[slab], axis), cache, backend="numpy")
         assert slab_dgamma is not None
         assert slab_dbeta is not None
         dgamma[own] += slab_dgamma
         dbeta[own] += slab_dbeta
     return (result,) if direction == "forward" else (result, dgamma, dbeta)
+
+
+def _widened(slab: Array, axis: int) -> Array:
+    """A float64 copy with this axis outermost in memory, whose statistics NumPy sums up to three times as fast."""
+    return np.moveaxis(np.moveaxis(slab, axis, 0).astype(np.float64, order="C"), 0, axis)
 
 
 def error(case: Case, got: tuple[Array | None, ...], want: tuple[Array, ...]) -> float:

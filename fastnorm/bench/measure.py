@@ -21,13 +21,17 @@ class Timing(NamedTuple):
         return cls(min(seconds), statistics.median(seconds), len(seconds))
 
 
+LONG = 2.0
+"""Seconds of a call that one round tells enough about."""
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], *, budget: float, least: int, most: int,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the calls in turns, so that a disturbance of the machine hits all of them alike.
 
-    Every call gets `least` rounds. After that it takes part while all of the calls at its pace would fit
+    Every call gets `least` rounds, one if that takes long. After that it takes part while all of the calls at its pace would fit
     what is left of `budget` (seconds, all calls together): slow ones drop out first, fast ones go on, up to
     `most` rounds. A result is dropped before the next call, outside of what is timed.
     """
@@ -37,7 +41,11 @@ def interleaved(
     gc.disable()
     try:
         for turn in range(most):
-            playing = [name for name in calls if turn < least or min(seconds[name]) * len(calls) < left]
+            playing = [
+                name
+                for name, own in seconds.items()
+                if not own or min(own) * len(calls) < left or (turn < least and own[0] < LONG)
+            ]
             for name in playing:
                 tick(name)
                 start = time.perf_counter()

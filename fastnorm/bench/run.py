@@ -99,11 +99,36 @@ def memory_needed(case: Case, *, baselines: bool) -> int:
     return 4 * case.nbytes + 8 * case.size + (11 * arithmetic * case.size if baselines else 0)
 
 
-def run(cases: Sequence[Case], variants: Sequence[Variant], *, budget: float) -> Report:
-    """Measure. `budget` is the time, in seconds, that all timed rounds together may take."""
-    start = time.monotonic()
+class Clock:
+    """Shares what a limited time leaves for timed rounds among the sections, by their bytes.
+
+    How long the rest takes (inputs, references, checks) is foreseen from what it took so far.
+    """
+
+    def __init__(self, limit: float, nbytes: int) -> None:
+        self._start, self._limit = time.monotonic(), limit
+        self._bytes_left, self._bytes_done = nbytes, 0
+        self._timed = 0.0
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def budget(self, nbytes: int) -> float:
+        """Seconds of timed rounds for a section of this size whose checks are done."""
+        self._bytes_done += nbytes
+        self._bytes_left -= nbytes
+        foreseen = (self.elapsed() - self._timed) / self._bytes_done * self._bytes_left
+        free = self._limit - self.elapsed() - foreseen
+        return max(0.0, free) * nbytes / (nbytes + self._bytes_left)
+
+    def timed(self, seconds: float) -> None:
+        self._timed += seconds
+
+
+def run(cases: Sequence[Case], variants: Sequence[Variant], *, limit: float) -> Report:
+    """Measure, in about `limit` seconds; more only where two rounds of everything take longer."""
+    clock = Clock(limit, sum(case.nbytes for case in cases) * len(DIRECTIONS))
     sections = []
-    total = sum(case.nbytes for case in cases) * len(DIRECTIONS)
     parts = len(cases) * len(DIRECTIONS)
     with Progress(parts * (len(variants) + 1), parts) as progress:
         for case in cases:
@@ -115,7 +140,7 @@ def run(cases: Sequence[Case], variants: Sequence[Variant], *, budget: float) ->
             inputs, out = case.inputs(), case.empty()
             for direction in DIRECTIONS:
                 progress.part(f"{case}, {direction}")
-                section = _section(case, inputs, out, direction, chosen, budget * case.nbytes / total, progress)
+                section = _section(case, inputs, out, direction, chosen, clock, progress)
                 section.rows += [
                     Row(variant.label, variant.name, variant.backend, note="skipped: not enough memory for it")
                     for variant in variants
@@ -127,13 +152,13 @@ def run(cases: Sequence[Case], variants: Sequence[Variant], *, budget: float) ->
         machine=machine.description(),
         config=fastnorm.show_config("dicts"),
         floor=roof.description(),
-        seconds=time.monotonic() - start,
+        seconds=clock.elapsed(),
         sections=sections,
     )
 
 
 def _section(
-    case: Case, inputs: Inputs, out: Array, direction: Direction, variants: Sequence[Variant], budget: float,
+    case: Case, inputs: Inputs, out: Array, direction: Direction, variants: Sequence[Variant], clock: Clock,
     progress: Progress,
 ) -> Section:  # fmt: skip
     section = Section(
@@ -155,9 +180,12 @@ def _section(
             row.correct, row.note = False, f"failed: {type(problem).__name__}: {problem}"
     del want
     calls["floor"] = roof.floor(inputs, out, direction)
+    start = clock.elapsed()
     timings = measure.interleaved(
-        calls, budget=budget, least=LEAST_ROUNDS, most=MOST_ROUNDS, tick=lambda name: progress.detail(f"timing {name}")
-    )
+        calls, budget=clock.budget(case.nbytes), least=LEAST_ROUNDS, most=MOST_ROUNDS,
+        tick=lambda name: progress.detail(f"timing {name}"),
+    )  # fmt: skip
+    clock.timed(clock.elapsed() - start)
     progress.step()
     _fill(section, timings)
     return section
@@ -167,24 +195,25 @@ def _checked(
     case: Case, inputs: Inputs, direction: Direction, variant: Variant, out: Array, want: tuple[Array, ...], row: Row
 ) -> dict[str, Callable[[], Any]]:
     """The calls to time; how their results compare with what they should be goes into the row."""
-    call = variant.bind(case, inputs, direction, out if variant.takes_out else None)
-    calls = {variant.label: call.run}
+    bound = {
+        label: variant.bind(case, inputs, direction, out if reuse else None) for label, reuse in variant.labels.items()
+    }
+    call = bound[variant.label]
     row.tolerance = check.tolerance(case, exact=variant.exact)
     errors = []
-    if variant.takes_out:
-        fresh = variant.bind(case, inputs, direction)
-        calls[f"{variant.label}, fresh"] = fresh.run
-        errors.append(check.error(case, fresh.arrays(fresh.run()), want))
-        out.fill(0)
-    elif variant.name not in ("staged", "alt"):
+    for label, fresh in bound.items():
+        if label != variant.label:
+            errors.append(check.error(case, fresh.arrays(fresh.run()), want))
+    if not variant.numpy_only:
         call.run()  # what a first call sets up (threads, compiled code) is no memory of the op
+    out.fill(0)
     result, memory = measure.with_memory(call.run)
     row.extra_bytes_traced, row.extra_bytes_resident = memory
     row.extra_memory = memory.peak / case.nbytes
     errors.append(check.error(case, call.arrays(result), want))
     row.error = float(np.max(errors))  # NaN if one is, and then not within the tolerance
     row.correct = row.error <= row.tolerance
-    return calls
+    return {label: each.run for label, each in bound.items()}
 
 
 def _fill(section: Section, timings: dict[str, measure.Timing]) -> None:

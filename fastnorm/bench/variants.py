@@ -45,6 +45,22 @@ class Variant:
         return self.name == "fused"
 
     @property
+    def numpy_only(self) -> bool:
+        """Whether it is plain NumPy: nothing to compile, no threads to start, and slow."""
+        return self.name in ("staged", "alt") or self.backend == "numpy"
+
+    @property
+    def labels(self) -> dict[str, bool]:
+        """Each way of calling it -> whether it writes to a reused `out=`; the first is the one to report.
+
+        The reference backend is timed with `out=` only: page faults are nothing beside its own time.
+        """
+        ways = {self.label: self.takes_out}
+        if self.takes_out and not self.numpy_only:
+            ways[f"{self.label}, fresh"] = False
+        return ways
+
+    @property
     def exact(self) -> bool:
         """Whether its error may not grow with the length of the reductions (the fused kernels' promise)."""
         return self.name == "fused"
