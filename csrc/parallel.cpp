@@ -32,9 +32,10 @@ void run_tasks(std::size_t count, Task task, void* context) {
 const char* threading() { return "openmp"; }
 
 // libgomp's pool does not survive a fork: the child waits for threads that it does not have. Releasing
-// the pool before each fork lets parent and child start afresh.
+// the pool before each fork lets parent and child start afresh. GCC has the call since 9, though its
+// _OPENMP says 4.5 still in 12.
 void prepare_for_fork() {
-#if _OPENMP >= 201811
+#if _OPENMP >= 201811 || __GNUC__ >= 9
   pthread_atfork([] { omp_pause_resource_all(omp_pause_soft); }, nullptr, nullptr);
 #endif
 }
