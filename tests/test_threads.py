@@ -1,0 +1,140 @@
+"""Equal bits for any number of threads, many threads at once, forked children."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from cases import OPS, case, fused, rearranged
+from conftest import REASONS
+from processes import run
+
+import fastnorm
+
+# Large enough to be cut into many chunks, none of them a multiple of anything.
+SHAPES = {
+    "batchnorm": [
+        ((4099, 131), "C"), ((257, 2053), "C"), ((40009, 13), "C"), ((2053, 257), "F"), ((300_007, 1), "C"),
+        ((7, 33, 45, 47), "C"), ((7, 33, 45, 47), "channels-last"), ((1, 3, 401, 403), "C"), ((2053, 257), "gaps"),
+    ],
+    "layernorm": [
+        ((4099, 131), "C"), ((257, 2053), "C"), ((40009, 13), "C"), ((3, 200_003), "C"), ((1, 500_009), "C"),
+        ((257, 2053), "F"), ((257, 2053), "gaps"),
+    ],
+}  # fmt: skip
+
+
+def _bits(results):
+    return {name: value.tobytes() for name, value in results.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("op", "shape", "arrangement"), [(op, *row) for op, rows in SHAPES.items() for row in rows], ids=str
+)
+def test_equal_bits_for_any_number_of_threads(op, shape, arrangement, dtype, backend):
+    this = case(op, shape, dtype=dtype)
+    inputs = rearranged(this.inputs(), arrangement, arrangement)
+    found = []
+    for threads in (1, 2, 3, 7):
+        fastnorm.set_num_threads(threads)
+        found.append(_bits(fused(this, inputs, backend)))
+        found.append(_bits({"moments": np.array(fastnorm.moments(inputs.x, this.reduced_axes, backend=backend)[1:])}))
+    for call, serial in enumerate(found[:2]):
+        for threads, results in zip((2, 3, 7), found[call + 2 :: 2], strict=True):
+            different = [name for name in serial if results[name] != serial[name]]
+            assert not different, f"{threads} threads"
+
+
+@pytest.mark.parametrize("shape", [(700, 1031), (5000, 64)], ids=str)
+def test_a_row_does_not_depend_on_the_number_of_rows(shape, backend):
+    this = case("layernorm", shape)
+    inputs = this.inputs()
+    whole = fused(this, inputs, backend)
+    for rows in (1, 2, 7, shape[0] // 2):
+        part = inputs._replace(x=inputs.x[:rows], dout=inputs.dout[:rows])
+        results = fused(case("layernorm", (rows, shape[1])), part, backend)
+        for name in ("y", "dx"):
+            np.testing.assert_array_equal(results[name], whole[name][:rows])
+
+
+def test_the_same_call_twice_gives_equal_bits(backend):
+    for op in OPS:
+        this = case(op, (1031, 517))
+        inputs = this.inputs()
+        assert _bits(fused(this, inputs, backend)) == _bits(fused(this, inputs, backend))
+
+
+def test_eight_python_threads_at_once(backend):
+    work = [case(op, shape) for op in OPS for shape in ((2053, 257), (33, 40), (64, 4099), (5, 16, 33, 9))]
+    work = [(this, this.inputs()) for this in work]
+    fastnorm.set_num_threads(2)
+    expected = [_bits(fused(this, inputs, backend)) for this, inputs in work]
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [(n, pool.submit(fused, *work[n], backend)) for _ in range(6) for n in range(len(work))]
+        for n, job in jobs:
+            assert _bits(job.result(timeout=120)) == expected[n]
+
+
+def test_changing_the_number_of_threads_during_calls(backend):
+    this = case("batchnorm", (2053, 257))
+    inputs = this.inputs()
+    expected = _bits(fused(this, inputs, backend))
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(fused, this, inputs, backend) for _ in range(30)]
+        for threads in (1, 2, 3, 7) * 5:
+            fastnorm.set_num_threads(threads)
+        assert all(_bits(job.result(timeout=120)) == expected for job in jobs)
+
+
+# ---- fork -----------------------------------------------------------------------------------------
+
+FORK = """
+import os, sys, warnings
+import numpy as np, fastnorm
+warnings.simplefilter("ignore")  # Python warns of any fork beside threads
+cpu, name = sys.argv[1].split(","), sys.argv[2]
+fastnorm.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((3000, 301)).astype(np.float32)
+
+def work(backend):
+    found = []
+    for op in ("batchnorm", "layernorm"):
+        y, cache = getattr(fastnorm, op + "_forward")(x, None, None, backend=backend)
+        found += [y, getattr(fastnorm, op + "_backward")(x, cache, backend=backend)[0]]
+    return found
+
+expected = {backend: work(backend) for backend in cpu}
+
+def same(backend):
+    return all(map(np.array_equal, work(backend), expected[backend]))
+
+child = os.fork()
+if child == 0:
+    status = 1
+    try:
+        status = 0 if same(name) else 2
+    except RuntimeError as error:
+        print("refused:", error, flush=True)
+        status = 3
+    finally:
+        os._exit(status)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert all(map(same, cpu)), "the parent"
+print("status", status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("name", ["cpp", "numba", "numpy"])
+def test_a_forked_child_after_the_parent_used_every_cpu_backend(name):
+    if REASONS[name]:
+        pytest.skip(f"{name}: {REASONS[name]}")
+    cpu = ",".join(name for name in ("cpp", "numba", "numpy") if not REASONS[name])
+    printed = run(FORK, cpu, name, timeout=60)
+    if name == "numba" and "status 3" in printed:  # allowed to refuse, clearly
+        assert "fork" in printed
+    else:
+        assert "status 0" in printed
