@@ -276,7 +276,7 @@ def batch_table(results: Results, extent: Extent, norms: tuple[Norm, ...], sizes
                 f"{median(loss[:, -1]):.3f}",
             ]
         )
-    header = ["batch size", "layers", "validation accuracy after epoch 1", "best validation accuracy", "final loss"]
+    header = ["batch size", "layers", "validation accuracy, epoch 1", "best validation accuracy", "final loss"]
     return header, rows
 
 

@@ -87,7 +87,8 @@ def printed(question: str, table: Table, console: Console) -> None:
     header, rows = table
     rich_table = RichTable(title=question, title_justify="left", title_style="bold")
     for index, name in enumerate(header):
-        rich_table.add_column(name, justify="left" if index == 0 or name == "layers" else "right")
+        label = index == 0 or name == "layers"
+        rich_table.add_column(name, justify="left" if label else "right", no_wrap=label)
     for row in rows:
         rich_table.add_row(*row)
     console.print()
