@@ -21,6 +21,7 @@ import pytest
 import fastnorm
 from fastnorm.bench import check, roof
 from fastnorm.bench.cases import DIRECTIONS, Case, suite_cases
+from fastnorm.bench.peers import PEERS
 from fastnorm.bench.variants import Variant, variants
 
 # JAX and PyTorch warn of matters of their own.
@@ -56,7 +57,8 @@ def test_op(
 ) -> None:
     call = variant.bind(case, inputs(case), direction, case.empty() if reuse else None)
     error = check.error(case, call.arrays(call.run()), reference(case, direction))
-    assert error <= check.tolerance(case, exact=variant.exact)
+    correct = error <= check.tolerance(case, exact=variant.exact)
+    assert correct or variant.name in PEERS  # PyTorch sums LayerNorm's dgamma in float16 and bfloat16
 
     benchmark.group = f"{case}, {direction}"
     benchmark.name = label
@@ -73,6 +75,7 @@ def test_op(
         "threads": fastnorm.get_num_threads(),
         "bytes_moved": moved,
         "error": error,
+        "correct": correct,
         "floor": roof.description(),
         "floor_seconds": floor(case, direction),
     }

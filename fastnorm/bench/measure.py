@@ -31,9 +31,9 @@ def interleaved(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the calls in turns, so that a disturbance of the machine hits all of them alike.
 
-    Every call gets `least` rounds, one if that takes long. After that it takes part while all of the calls at its pace would fit
-    what is left of `budget` (seconds, all calls together): slow ones drop out first, fast ones go on, up to
-    `most` rounds. A result is dropped before the next call, outside of what is timed.
+    Every call gets `least` rounds, one if that takes LONG. After that it takes part while all of the calls at
+    its pace would fit what is left of `budget` (seconds, all calls together): slow ones drop out first, fast
+    ones go on, up to `most` rounds. A result is dropped before the next call, outside of what is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     left = budget
@@ -73,18 +73,20 @@ class Memory(NamedTuple):
         return max(self.traced, self.resident or 0)
 
 
-def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
-    """(what the call returned, its memory)"""
+def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory, float]:
+    """(what the call returned, its memory, its time while that was watched)"""
     gc.collect()
     before = _reset_peak_resident()
     tracemalloc.start()
     try:
+        start = time.perf_counter()
         result = call()
+        seconds = time.perf_counter() - start
         _, traced = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     peak = _status("VmHWM")
-    return result, Memory(traced, None if before is None or peak is None else max(0, peak - before))
+    return result, Memory(traced, None if before is None or peak is None else max(0, peak - before)), seconds
 
 
 def _reset_peak_resident() -> int | None:

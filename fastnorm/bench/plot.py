@@ -20,6 +20,8 @@ _STYLES = {
 }
 _ORDER = list(_STYLES)
 _INK, _MUTED, _GRID, _WRONG = "#222222", "#666666", "#e6e6e6", "#c00000"
+_LONGEST = 1.25
+"""Where bars are cut: small arrays stay in a cache, and a disturbed floor can be slow."""
 _BAR, _GAP = 1.0, 1.3
 """Height of a bar, and of the space between groups."""
 
@@ -73,17 +75,23 @@ def _arrange(figure: Any, size: tuple[float, float]) -> None:
 
 def _panel(axes: Any, sections: list[Section], heights: list[float]) -> None:
     top = 0.0
-    limit = max([1.0, *(row.share_of_floor or 0.0 for section in sections for row in section.rows)])
+    largest = max((row.share_of_floor or 0.0 for section in sections for row in section.rows), default=0.0)
+    limit = min(max(1.0, largest), _LONGEST)
     for section, height in zip(sections, heights, strict=True):
         for index, row in enumerate(_shown(section)):
             assert row.best is not None
             assert row.share_of_floor is not None
             colour, _ = _STYLES.get(row.variant, (_MUTED, row.variant))
             y = top + (index + 0.5) * _BAR
-            axes.barh(y, row.share_of_floor, height=0.82 * _BAR, color=colour, linewidth=0, zorder=2)
-            text = f"{milliseconds(row.best)} ms" + ("" if row.correct else "  WRONG")
-            inside = row.share_of_floor > 0.82 * limit  # else the label would reach the floor line
-            end = min(row.share_of_floor, 1.0) if inside else row.share_of_floor
+            share = min(row.share_of_floor, limit)
+            axes.barh(y, share, height=0.82 * _BAR, color=colour, linewidth=0, zorder=2)
+            text = f"{milliseconds(row.best)} ms"
+            if row.share_of_floor > limit:
+                text += f" ({row.share_of_floor:.1f})"
+            if not row.correct:
+                text += "  WRONG"
+            inside = share > 1.0 - 0.16 * limit  # else the label would reach the floor line
+            end = min(share, 1.0) if inside else share
             axes.annotate(
                 text, (end, y), (-4 if inside else 4, 0), textcoords="offset points",
                 ha="right" if inside else "left", va="center_baseline", fontsize=7.5, zorder=4,
