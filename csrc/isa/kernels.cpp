@@ -31,12 +31,16 @@ T* to(void* p, T) {
 
 constexpr size_t kRoofPiece = 1 << 16;
 
+struct Nothing {
+  void line(size_t) const {}
+};
+
 template <class F>
 void stream_pieces(float* dst, size_t n, F f) {
   parallel_for((n + kRoofPiece - 1) / kRoofPiece, [&](size_t piece, int) {
     const size_t at = piece * kRoofPiece;
-    write_run(dst + at, std::min(kRoofPiece, n - at), true, [&](size_t i, auto how) { return f(at + i, how); });
-    fence();
+    Writer<float>(true).run(dst + at, std::min(kRoofPiece, n - at), Nothing{},
+                            [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA { return f(at + i, how); });
   });
 }
 
@@ -86,10 +90,11 @@ const Kernels table = {
       });
     },
     [](const float* src, float* dst, size_t n) {
-      stream_pieces(dst, n, [&](size_t i, auto how) { return how.load(src + i); });
+      stream_pieces(dst, n, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA { return how.load(src + i); });
     },
     [](const float* a, const float* b, float* dst, size_t n) {
-      stream_pieces(dst, n, [&](size_t i, auto how) { return how.load(a + i) + how.load(b + i); });
+      stream_pieces(dst, n,
+                    [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA { return how.load(a + i) + how.load(b + i); });
     },
 };
 

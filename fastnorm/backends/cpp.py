@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 try:
-    from fastnorm import _core
+    import fastnorm._core as _core
 except ModuleNotFoundError:
     _package = Path(__file__).parent.parent
     _reason = "the C++ extension was not built: no working C++ compiler was found at installation"

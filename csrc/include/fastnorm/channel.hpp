@@ -93,6 +93,7 @@ struct Runs {
 
   // Channel c over group g, its blocks merged in order.
   Moments group_moments(const T* x, size_t g, size_t c) const {
+    if (cut.units == 1) return block_moments(x + c * shape.inner, shape.outer, stride(), shape.inner);
     Moments m{};
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
@@ -117,7 +118,9 @@ struct Runs {
     }
   }
 
-  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache) const {
+  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
+             size_t ahead) const {
+    Writer<T> writer(past_cache);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
       for (size_t r = 0; r < u.rows; ++r)
@@ -126,8 +129,9 @@ struct Runs {
           const Vector<A> centre = broadcast(k.centre[c - c0]), scale = broadcast(k.scale[c - c0]),
                           shift = broadcast(k.shift[c - c0]);
           const T* from = x + at;
-          write_run(y + at, u.length, past_cache,
-                    [&](size_t j, auto how) { return (how.load(from + j) - centre) * scale + shift; });
+          writer.run(y + at, u.length, Ahead<T, 1>{{from + ahead}}, [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
+            return (how.load(from + j) - centre) * scale + shift;
+          });
         }
     }
   }
@@ -144,7 +148,7 @@ struct Runs {
         Vector<A> grads[4] = {}, products[4] = {};
         for (size_t r = 0; r < u.rows; ++r) {
           const size_t at = place(u, c) + r * stride();
-          sum_run<A>(u.length, [&](size_t j, auto how, int k) {
+          sum_run<A>(u.length, [&](size_t j, auto how, int k) FASTNORM_INLINE_LAMBDA {
             const Vector<A> grad = how.load(dy + at + j);
             grads[k] += grad;
             products[k] += grad * (how.load(x + at + j, centre) - centre);
@@ -157,7 +161,8 @@ struct Runs {
   }
 
   void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
-                      bool past_cache) const {
+                      bool past_cache, size_t ahead) const {
+    Writer<T> writer(past_cache);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
       for (size_t r = 0; r < u.rows; ++r)
@@ -166,9 +171,10 @@ struct Runs {
           const Vector<A> centre = broadcast(k.centre[c - c0]), scale = broadcast(k.scale[c - c0]),
                           offset = broadcast(k.shift[c - c0]), slope = broadcast(k.slope[c - c0]);
           const T *grad = dy + at, *from = x + at;
-          write_run(dx + at, u.length, past_cache, [&](size_t j, auto how) {
-            return scale * ((how.load(grad + j) - offset) - (how.load(from + j) - centre) * slope);
-          });
+          writer.run(dx + at, u.length, Ahead<T, 2>{{grad + ahead, from + ahead}},
+                     [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
+                       return scale * ((how.load(grad + j) - offset) - (how.load(from + j) - centre) * slope);
+                     });
         }
     }
   }
@@ -178,14 +184,14 @@ struct Runs {
 
 // Calls f(c, how) for the vectors of columns [0, n).
 template <class A, class F>
-inline void for_columns(size_t n, F f) {
+FASTNORM_INLINE void for_columns(size_t n, const F& f) {
   size_t c = 0;
   for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{});
   if (c < n) f(c, Part{n - c});
 }
 
 template <class A, class How>
-inline void put(A* p, Vector<A> v, How how) {
+FASTNORM_INLINE void put(A* p, Vector<A> v, How how) {
   if constexpr (std::is_same_v<How, Part>)
     store_part(p, v, how.n);
   else
@@ -211,16 +217,17 @@ struct Columns {
   // Adds f(row, c, how) of rows [r0, r1) to sums[c], eight rows at a time: eight streams for the
   // prefetcher, and the sums are read and written once for all eight.
   template <class F>
-  static void sum_rows(size_t r0, size_t r1, size_t n, A* sums, F f) {
+  FASTNORM_INLINE static void sum_rows(size_t r0, size_t r1, size_t n, A* sums, const F& f) {
     size_t r = r0;
     for (; r + 8 <= r1; r += 8)
-      for_columns<A>(n, [&](size_t c, auto how) {
+      for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
         const Vector<A> low = (f(r, c, how) + f(r + 1, c, how)) + (f(r + 2, c, how) + f(r + 3, c, how));
         const Vector<A> high = (f(r + 4, c, how) + f(r + 5, c, how)) + (f(r + 6, c, how) + f(r + 7, c, how));
         put(sums + c, how.load(sums + c) + (low + high), how);
       });
     for (; r < r1; ++r)
-      for_columns<A>(n, [&](size_t c, auto how) { put(sums + c, how.load(sums + c) + f(r, c, how), how); });
+      for_columns<A>(
+          n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(sums + c, how.load(sums + c) + f(r, c, how), how); });
   }
 
   void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
@@ -235,10 +242,11 @@ struct Columns {
         const T* block = x + u.row * shape.channels + w;
         const auto at = [&](size_t r, size_t c) { return block + r * shape.channels + c; };
         std::fill_n(sums, n, A{});
-        sum_rows(1, u.rows, n, sums,
-                 [&](size_t r, size_t c, auto how) { return how.load(at(r, c)) - how.load(block + c); });
+        sum_rows(1, u.rows, n, sums, [&](size_t r, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+          return how.load(at(r, c)) - how.load(block + c);
+        });
         const Vector<A> divisor = broadcast(static_cast<A>(rows));
-        for_columns<A>(n, [&](size_t c, auto how) {
+        for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           // mean = pivot + d as centre + rest, exactly (Knuth's two-sum)
           const Vector<A> pivot = how.load(block + c), d = how.load(sums + c) / divisor;
           const Vector<A> sum = pivot + d, virtual_d = sum - pivot;
@@ -246,7 +254,7 @@ struct Columns {
           put(rest + c, (pivot - (sum - virtual_d)) + (d - virtual_d), how);
         });
         std::fill_n(sums, n, A{});
-        sum_rows(0, u.rows, n, sums, [&](size_t r, size_t c, auto how) {
+        sum_rows(0, u.rows, n, sums, [&](size_t r, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           const Vector<A> d = how.load(at(r, c)) - how.load(centre + c);
           return d * d;
         });
@@ -266,11 +274,13 @@ struct Columns {
     }
   }
 
-  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache) const {
+  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
+             size_t ahead) const {
+    Writer<T> writer(past_cache);
     const size_t last = std::min(shape.outer, last_unit(cut, g) * cut.rows);
     for (size_t r = first_unit(cut, g) * cut.rows; r < last; ++r) {
       const size_t at = r * shape.channels + c0;
-      write_run(y + at, c1 - c0, past_cache, [&](size_t c, auto how) {
+      writer.run(y + at, c1 - c0, Ahead<T, 1>{{x + at + ahead}}, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
         return (how.load(x + at + c) - how.load(k.centre + c)) * how.load(k.scale + c) + how.load(k.shift + c);
       });
     }
@@ -291,7 +301,7 @@ struct Columns {
         std::fill_n(products, n, A{});
         size_t r = 0;
         const auto add = [&](auto rows) {
-          for_columns<A>(n, [&](size_t c, auto how) {
+          for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
             Vector<A> grad_sum{}, product_sum{};
             const Vector<A> middle = how.load(centre + c);
             for (size_t j = 0; j < rows; ++j) {
@@ -315,15 +325,17 @@ struct Columns {
   }
 
   void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
-                      bool past_cache) const {
+                      bool past_cache, size_t ahead) const {
+    Writer<T> writer(past_cache);
     const size_t last = std::min(shape.outer, last_unit(cut, g) * cut.rows);
     for (size_t r = first_unit(cut, g) * cut.rows; r < last; ++r) {
       const size_t at = r * shape.channels + c0;
-      write_run(dx + at, c1 - c0, past_cache, [&](size_t c, auto how) {
-        const Vector<A> centred = how.load(x + at + c) - how.load(k.centre + c);
-        return how.load(k.scale + c) *
-               ((how.load(dy + at + c) - how.load(k.shift + c)) - centred * how.load(k.slope + c));
-      });
+      writer.run(dx + at, c1 - c0, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
+                 [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+                   const Vector<A> centred = how.load(x + at + c) - how.load(k.centre + c);
+                   return how.load(k.scale + c) *
+                          ((how.load(dy + at + c) - how.load(k.shift + c)) - centred * how.load(k.slope + c));
+                 });
     }
   }
 };
@@ -399,16 +411,29 @@ struct ChannelCall {
     size_t c0, c1;
     double *first, *second;  // [groups][width]
     Coefficients<A> k;
+    size_t ahead;  // elements to the next slab of the same worker, 0 if there is none
     size_t width() const { return c1 - c0; }
   };
 
-  Slab slab_at(size_t index, double* partials, A* coefficients) const {
+  // Slabs start where lines of the output start, if all rows are aligned alike: the first one is narrower.
+  size_t first_slab() const {
+    const size_t line = kLineBytes / sizeof(T);
+    if (out == nullptr || geometry.shape.inner > 1 || channels() % line != 0 || plan.slab < 2 * line) return plan.slab;
+    return plan.slab - reinterpret_cast<std::uintptr_t>(out) % kLineBytes / sizeof(T);
+  }
+  size_t slabs() const {
+    const size_t first = first_slab();
+    return channels() <= first ? 1 : 1 + (channels() - first + plan.slab - 1) / plan.slab;
+  }
+
+  Slab slab_at(size_t index, bool last, double* partials, A* coefficients) const {
     Slab s{};
-    s.c0 = index * plan.slab;
-    s.c1 = std::min(channels(), s.c0 + plan.slab);
+    s.c0 = index == 0 ? 0 : first_slab() + (index - 1) * plan.slab;
+    s.c1 = std::min(channels(), first_slab() + index * plan.slab);
     s.first = partials;
     s.second = partials + groups() * plan.slab;
     s.k = {coefficients, coefficients + plan.slab, coefficients + 2 * plan.slab, coefficients + 3 * plan.slab};
+    s.ahead = last ? 0 : s.width() * geometry.shape.inner;
     return s;
   }
 
@@ -440,10 +465,8 @@ struct ChannelCall {
   void apply(const Slab& s, Loop loop) const {
     forward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr,
                          beta ? beta + s.c0 : nullptr);
-    loop(groups(), [&](size_t i, int) {
-      geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream);
-      if (plan.stream) fence();
-    });
+    loop(groups(),
+         [&](size_t i, int) { geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead); });
   }
 
   template <class Loop>
@@ -471,33 +494,36 @@ struct ChannelCall {
     backward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr, sum_dy + s.c0,
                           sum_dy_xhat + s.c0, divisor);
     loop(groups(), [&](size_t i, int) {
-      geometry.backward_apply(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream);
-      if (plan.stream) fence();
+      geometry.backward_apply(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
     });
   }
 
   // passes(slab, loop, workspace) runs the passes of this call on one slab.
   template <class Passes>
   void run(Passes passes) const {
-    const size_t slabs = (channels() + plan.slab - 1) / plan.slab;
+    const size_t slabs = this->slabs();
     const size_t workers = static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
     Workspace<double> partials(sets * partial_doubles());
     Workspace<A> rest(sets * 4 * plan.slab + workers * geometry_workspace());
     A* workspace = rest.data() + sets * 4 * plan.slab;
     if (plan.team) {
-      for (size_t i = 0; i < slabs; ++i) passes(slab_at(i, partials.data(), rest.data()), ParallelLoop{}, workspace);
+      for (size_t i = 0; i < slabs; ++i)
+        passes(slab_at(i, i + 1 == slabs, partials.data(), rest.data()), ParallelLoop{}, workspace);
       return;
     }
-    const auto one = [&](size_t i, int worker) {
-      const size_t w = static_cast<size_t>(worker);
-      passes(slab_at(i, partials.data() + w * partial_doubles(), rest.data() + w * 4 * plan.slab), SerialLoop{worker},
-             workspace);
+    const size_t per_task = std::clamp<size_t>(slabs / (4 * workers), 1, 16);
+    const auto some = [&](size_t task, int worker) {
+      const size_t w = static_cast<size_t>(worker), end = std::min(slabs, (task + 1) * per_task);
+      for (size_t i = task * per_task; i < end; ++i)
+        passes(slab_at(i, i + 1 == end, partials.data() + w * partial_doubles(), rest.data() + w * 4 * plan.slab),
+               SerialLoop{worker}, workspace);
     };
+    const size_t tasks = (slabs + per_task - 1) / per_task;
     if (geometry.shape.outer * channels() * geometry.shape.inner < kSerial)
-      SerialLoop{0}(slabs, one);
+      SerialLoop{0}(tasks, some);
     else
-      parallel_for(slabs, one);
+      parallel_for(tasks, some);
   }
 };
 

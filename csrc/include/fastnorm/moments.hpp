@@ -20,7 +20,7 @@ struct Moments {
   double n, mean, m2;
 };
 
-inline Moments merge(const Moments& a, const Moments& b) {
+FASTNORM_INLINE Moments merge(const Moments& a, const Moments& b) {
   if (a.n == 0) return b;
   const double n = a.n + b.n;
   const double delta = b.mean - a.mean;
@@ -28,31 +28,32 @@ inline Moments merge(const Moments& a, const Moments& b) {
   return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.n * share)};
 }
 
-inline double variance(const Moments& m) { return m.m2 / m.n; }
+FASTNORM_INLINE double variance(const Moments& m) { return m.m2 / m.n; }
 
 // 1/sqrt(var + eps); 0 where that is infinite, so that a constant gives beta for eps 0 as well.
-inline double rstd_of(double var, double eps) {
+FASTNORM_INLINE double rstd_of(double var, double eps) {
   const double total = var + eps;
   return total == 0.0 ? 0.0 : 1.0 / std::sqrt(total);
 }
 
 // `runs` runs of `length` elements, `stride` elements apart.
 template <class T>
-inline Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
+FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
   using A = Acc<T>;
   const double n = static_cast<double>(runs * length);
   const Vector<A> pivot = broadcast<A>(load_part(x, 1, Vector<A>{})[0]);
   Vector<A> sums[4] = {};
   for (size_t r = 0; r < runs; ++r) {
     const T* run = x + r * stride;
-    sum_run<A>(length, [&](size_t i, auto how, int k) { sums[k] += how.load(run + i, pivot) - pivot; });
+    sum_run<A>(length,
+               [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA { sums[k] += how.load(run + i, pivot) - pivot; });
   }
   const double mean = static_cast<double>(pivot[0]) + total<A>(combined(sums)) / n;
   const Vector<A> centre = broadcast(static_cast<A>(mean));
   Vector<A> squares[4] = {};
   for (size_t r = 0; r < runs; ++r) {
     const T* run = x + r * stride;
-    sum_run<A>(length, [&](size_t i, auto how, int k) {
+    sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
       const Vector<A> d = how.load(run + i, centre) - centre;
       squares[k] += d * d;
     });

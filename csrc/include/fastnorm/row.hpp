@@ -36,6 +36,8 @@ struct Row {
 
   // Columns beyond which a row's sums are cut up for the backward, and threads share rows.
   static constexpr size_t kLongRow = 16384;
+  // Bytes of rows that one task of the forward takes.
+  static constexpr size_t kRowBlock = size_t{1} << 20;
   // Rows whose column sums are accumulated in the accumulation dtype before they go to double.
   static constexpr size_t kTaskRows = 128;
   // Rows swept together, so that column sums are read and written once for all of them.
@@ -46,13 +48,14 @@ struct Row {
 
   // ---- forward ----
 
-  static void apply(const T* x, T* y, size_t k0, size_t k1, const Moments& m, double eps, const Parameter<A>& gamma,
-                    const Parameter<A>& beta, bool past_cache) {
+  // `ahead` is the distance in elements to what the worker reads next, 0 if there is nothing.
+  FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, const Moments& m,
+                                    double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
     const double rstd = rstd_of(variance(m), eps);
     const A near = static_cast<A>(m.mean);
     const Vector<A> centre = broadcast(near), scale = broadcast(static_cast<A>(rstd)),
                     shift = broadcast(static_cast<A>(-(m.mean - static_cast<double>(near)) * rstd));
-    write_run(y + k0, k1 - k0, past_cache, [&](size_t i, auto how) {
+    writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0 + ahead}}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> xhat = (how.load(x + k0 + i) - centre) * scale + shift;
       return xhat * how.load(gamma.at(k0 + i)) + how.load(beta.at(k0 + i));
     });
@@ -66,43 +69,49 @@ struct Row {
     const size_t groups = runs.cut.groups;
     const bool past_cache = streams(shape.rows * shape.cols * sizeof(T));
 
-    const size_t per_group = runs.cut.per_group * runs.cut.piece;
-    const auto finish = [&](size_t row, const Moments& m, auto loop) {
+    const auto keep = [&](size_t row, const Moments& m) {
       mean[row] = m.mean;
       var[row] = variance(m);
-      const T* from = x + row * shape.cols;
-      T* to = y + row * shape.cols;
-      loop(groups, [&](size_t i, int) {
-        const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
-        apply(from, to, k0, std::min(shape.cols, k0 + per_group), m, eps, gamma, beta, past_cache);
-        if (past_cache) fence();
-      });
     };
 
-    if (shape.rows * shape.cols >= kSerial && groups > 1 && shape.rows < 4 * static_cast<size_t>(num_threads())) {
+    const bool few = shape.rows < 4 * static_cast<size_t>(num_threads());
+    const bool long_row = shape.cols * sizeof(T) > caches().l2 / 2;
+    if (shape.rows * shape.cols >= kSerial && groups > 1 && (few || long_row)) {  // all threads on one row
       const Workspace<Moments> partial(groups);
+      const size_t per_group = runs.cut.per_group * runs.cut.piece;
       for (size_t row = 0; row < shape.rows; ++row) {
         parallel_for(groups, [&](size_t g, int) { partial.data()[g] = runs.group_moments(x, g, row); });
         Moments m{};
         for (size_t g = 0; g < groups; ++g) m = merge(m, partial.data()[g]);
-        finish(row, m, ParallelLoop{});
+        keep(row, m);
+        parallel_for(groups, [&](size_t i, int) {
+          const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
+          Writer<T> writer(past_cache);
+          apply(writer, x + row * shape.cols, y + row * shape.cols, k0, std::min(shape.cols, k0 + per_group), m, eps,
+                gamma, beta, row + 1 < shape.rows ? shape.cols : 0);
+        });
       }
       return;
     }
-    over_rows(shape, [&](size_t row) {
-      Moments m{};
-      for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
-      finish(row, m, SerialLoop{0});
+    over_rows(shape, [&](size_t first, size_t last) {
+      Writer<T> writer(past_cache);
+      for (size_t row = first; row < last; ++row) {
+        Moments m{};
+        for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
+        keep(row, m);
+        apply(writer, x + row * shape.cols, y + row * shape.cols, 0, shape.cols, m, eps, gamma, beta,
+              row + 1 < last ? shape.cols : 0);
+      }
     });
   }
 
-  // task(row) for every row, blocks of rows of about 64 KB in parallel.
+  // task(first, last) for blocks of rows, in parallel.
   template <class F>
   static void over_rows(RowShape shape, F task) {
-    const size_t block = std::max<size_t>(1, (size_t{64} << 10) / (shape.cols * sizeof(T)));
-    const auto run = [&](size_t i, int) {
-      for (size_t row = i * block; row < std::min(shape.rows, (i + 1) * block); ++row) task(row);
-    };
+    const size_t bytes = shape.rows * shape.cols * sizeof(T);
+    const size_t share = std::min(kRowBlock, bytes / (4 * static_cast<size_t>(num_threads())));
+    const size_t block = std::max<size_t>(1, share / (shape.cols * sizeof(T)));
+    const auto run = [&](size_t i, int) { task(i * block, std::min(shape.rows, (i + 1) * block)); };
     const size_t count = (shape.rows + block - 1) / block;
     if (shape.rows * shape.cols < kSerial)
       SerialLoop{0}(count, run);
@@ -133,8 +142,8 @@ struct Row {
   // Sweeps columns [k0, k1) of `n` rows (at most kSweep): adds each row's sums, and the rows' dy*xhat and dy
   // to the column sums dgamma and dbeta.
   template <size_t n>
-  static void sweep(const T* dy, const T* x, size_t cols, size_t k0, size_t k1, const Known* rows,
-                    const Parameter<A>& gamma, Sums* sums, A* dgamma, A* dbeta) {
+  FASTNORM_INLINE static void sweep(const T* dy, const T* x, size_t cols, size_t k0, size_t k1, const Known* rows,
+                                    const Parameter<A>& gamma, Sums* sums, A* dgamma, A* dbeta) {
     for (size_t start = k0; start < k1; start += kChunk) {
       Vector<A> g_sum[n] = {}, gx_sum[n] = {};
       for_columns<A>(std::min(kChunk, k1 - start), [&](size_t i, auto how) {
@@ -172,17 +181,19 @@ struct Row {
     return 1;
   }
 
-  static void write_dx(const T* dy, const T* x, T* dx, size_t k0, size_t k1, size_t cols, const Known& row,
-                       const Sums& sums, const Parameter<A>& gamma, bool past_cache) {
+  FASTNORM_INLINE static void write_dx(Writer<T>& writer, const T* dy, const T* x, T* dx, size_t k0, size_t k1,
+                                       size_t cols, const Known& row, const Sums& sums, const Parameter<A>& gamma,
+                                       size_t ahead) {
     const double n = static_cast<double>(cols);
     const double slope = row.exact_rstd * row.exact_rstd * (sums.gx - row.rest * sums.g) / n;
     const Vector<A> centre = broadcast(row.centre), scale = broadcast(row.rstd),
                     steep = broadcast(static_cast<A>(slope)),
                     offset = broadcast(static_cast<A>(sums.g / n - row.rest * slope));
-    write_run(dx + k0, k1 - k0, past_cache, [&](size_t i, auto how) {
-      const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
-      return scale * ((g - offset) - (how.load(x + k0 + i) - centre) * steep);
-    });
+    writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0 + ahead, x + k0 + ahead}},
+               [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+                 const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
+                 return scale * ((g - offset) - (how.load(x + k0 + i) - centre) * steep);
+               });
   }
 
   // Rows that fit a core's cache: a task takes some rows and keeps column sums of its own.
@@ -196,6 +207,7 @@ struct Row {
       A *gamma_sum = sums.data() + 2 * task * cols, *beta_sum = gamma_sum + cols;
       std::fill_n(gamma_sum, 2 * cols, A{});
       const size_t last = std::min(shape.rows, (task + 1) * per_task);
+      Writer<T> writer(past_cache);
       for (size_t row = task * per_task; row < last;) {
         Known rows[kSweep];
         Sums along[kSweep] = {};
@@ -203,12 +215,11 @@ struct Row {
         for (size_t r = 0; r < std::min(kSweep, left); ++r) rows[r] = known(mean[row + r], var[row + r], eps);
         const size_t at = row * cols;
         const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
-        for (size_t r = done; r-- > 0;)
-          write_dx(dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r], gamma,
-                   past_cache);
+        for (size_t r = 0; r < done; ++r)
+          write_dx(writer, dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r],
+                   gamma, row + done < last ? done * cols : 0);
         row += done;
       }
-      if (past_cache) fence();
     };
     const auto finish = [&](size_t block, int) {
       const size_t k1 = std::min(cols, (block + 1) * kChunk);
@@ -278,11 +289,11 @@ struct Row {
       }
       parallel_for(pieces, [&](size_t i, int) {
         const size_t k0 = (pieces - 1 - i) * kChunk, k1 = std::min(cols, k0 + kChunk);
+        Writer<T> writer(past_cache);
         for (size_t r = n; r-- > 0;) {
           const size_t at = (first + r) * cols;
-          write_dx(dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, past_cache);
+          write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, 0);
         }
-        if (past_cache) fence();
       });
     }
   }

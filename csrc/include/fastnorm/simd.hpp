@@ -5,12 +5,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
 
 #include "fastnorm/kernels.hpp"
+
+// For what inner loops are made of. A closure passed to a real call goes through memory in pieces, and reading
+// it back in one vector waits for all streamed stores before it: LayerNorm on rows of 128 took twice the time.
+#define FASTNORM_INLINE __attribute__((always_inline)) inline
+#define FASTNORM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastnorm::FASTNORM_LEVEL {
 
@@ -49,7 +55,7 @@ template <class T>
 using Acc = typename AccumulationOf<T>::type;
 
 template <class A>
-inline Vector<A> broadcast(A value) {
+FASTNORM_INLINE Vector<A> broadcast(A value) {
   return value - Vector<A>{};  // value - 0 keeps every value, -0 and NaN included
 }
 
@@ -60,15 +66,15 @@ typedef std::uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef std::uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 
 template <class V, class T>
-inline V bits_at(const T* p) {
+FASTNORM_INLINE V bits_at(const T* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-inline Floats widen(Bits16 bits, BFloat16) { return (Floats)(__builtin_convertvector(bits, Bits32) << 16); }
+FASTNORM_INLINE Floats widen(Bits16 bits, BFloat16) { return (Floats)(__builtin_convertvector(bits, Bits32) << 16); }
 
-inline Bits16 narrow(Floats v, BFloat16) {
+FASTNORM_INLINE Bits16 narrow(Floats v, BFloat16) {
   const Bits32 u = (Bits32)v;
   const Bits32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const Bits32 quiet = (u >> 16) | 0x40u;
@@ -78,17 +84,17 @@ inline Bits16 narrow(Floats v, BFloat16) {
 
 #if FASTNORM_AVX512
 // The masked forms with a full mask: gcc 12 warns of an uninitialized value inside the plain ones.
-inline Floats widen(Bits16 bits, Half) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
-inline Bits16 narrow(Floats v, Half) {
+FASTNORM_INLINE Floats widen(Bits16 bits, Half) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
+FASTNORM_INLINE Bits16 narrow(Floats v, Half) {
   return (Bits16)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif FASTNORM_AVX2
-inline Floats widen(Bits16 bits, Half) { return (Floats)_mm256_cvtph_ps((__m128i)bits); }
-inline Bits16 narrow(Floats v, Half) { return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+FASTNORM_INLINE Floats widen(Bits16 bits, Half) { return (Floats)_mm256_cvtph_ps((__m128i)bits); }
+FASTNORM_INLINE Bits16 narrow(Floats v, Half) { return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
 // Without F16C, in integer and float arithmetic: the exponent is rebased by a multiplication, which also
 // normalizes subnormals.
-inline Floats widen(Bits16 bits, Half) {
+FASTNORM_INLINE Floats widen(Bits16 bits, Half) {
   const Bits32 u = __builtin_convertvector(bits, Bits32);
   const Bits32 magnitude = (u & 0x7fffu) << 13;
   const Floats scaled = (Floats)magnitude * 0x1p112f;
@@ -96,7 +102,7 @@ inline Floats widen(Bits16 bits, Half) {
   const auto infinite = magnitude >= (0x7c00u << 13);
   return (Floats)((Bits32)(infinite ? special : (Bits32)scaled) | ((u & 0x8000u) << 16));
 }
-inline Bits16 narrow(Floats v, Half) {
+FASTNORM_INLINE Bits16 narrow(Floats v, Half) {
   const Bits32 u = (Bits32)v;
   const Bits32 sign = (u >> 16) & 0x8000u;
   const Bits32 magnitude = u & 0x7fffffffu;
@@ -115,7 +121,7 @@ inline Bits16 narrow(Floats v, Half) {
 #endif
 
 template <class T>
-inline Vector<Acc<T>> load(const T* p) {
+FASTNORM_INLINE Vector<Acc<T>> load(const T* p) {
   if constexpr (sizeof(T) == 2)
     return widen(bits_at<Bits16>(p), T{});
   else
@@ -123,7 +129,7 @@ inline Vector<Acc<T>> load(const T* p) {
 }
 
 template <class T>
-inline void store(T* p, Vector<Acc<T>> v) {
+FASTNORM_INLINE void store(T* p, Vector<Acc<T>> v) {
   if constexpr (sizeof(T) == 2) {
     const Bits16 bits = narrow(v, T{});
     std::memcpy(p, &bits, sizeof bits);
@@ -134,7 +140,7 @@ inline void store(T* p, Vector<Acc<T>> v) {
 
 // Past the cache; p is aligned to what is stored. Ordered before later loads by `fence`.
 template <class T>
-inline void stream(T* p, Vector<Acc<T>> v) {
+FASTNORM_INLINE void stream(T* p, Vector<Acc<T>> v) {
 #if FASTNORM_AVX512
   if constexpr (sizeof(T) == 2)
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v, T{}));
@@ -155,38 +161,73 @@ inline void stream(T* p, Vector<Acc<T>> v) {
 #endif
 }
 
-inline void fence() {
+FASTNORM_INLINE void fence() {
 #ifdef __SSE2__
   _mm_sfence();
 #endif
 }
 
+template <class A>
+using Index = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
+template <class A>
+struct IndicesOf {
+  typedef Index<A> type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Indices = typename IndicesOf<A>::type;
+
+template <class A>
+FASTNORM_INLINE Indices<A> lane_numbers() {
+  Indices<A> numbers{};
+  for (size_t i = 0; i < kLanes<A>; ++i) numbers[i] = static_cast<Index<A>>(i);
+  return numbers;
+}
+
+// All bits set in lanes [first, last).
+template <class A>
+FASTNORM_INLINE Indices<A> lanes_between(size_t first, size_t last) {
+  const Indices<A> numbers = lane_numbers<A>();
+  return (numbers >= static_cast<Index<A>>(first)) & (numbers < static_cast<Index<A>>(last));
+}
+
 // ---- ends that do not fill a vector ----------------------------------------------------------------
 
+// Lanes [skip, skip + n) from p on, the others from `fill`. Masked, not through memory: a load from a spot just
+// written waits until the streamed stores before it are done, some 70 ns.
 template <class T>
-inline Vector<Acc<T>> load_part(const T* p, size_t n, Vector<Acc<T>> fill) {
+FASTNORM_INLINE Vector<Acc<T>> load_part(const T* p, size_t n, Vector<Acc<T>> fill, size_t skip = 0) {
 #if FASTNORM_AVX512
+  const auto mask = static_cast<__mmask16>(((1u << n) - 1) << skip);
   if constexpr (sizeof(T) == 4)
-    return (Floats)_mm512_mask_loadu_ps((__m512)fill, static_cast<__mmask16>((1u << n) - 1), p);
+    return (Floats)_mm512_mask_loadu_ps((__m512)fill, mask, p - skip);
   else if constexpr (sizeof(T) == 8)
-    return (Vector<Acc<T>>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>((1u << n) - 1), p);
+    return (Vector<Acc<T>>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>(mask), p - skip);
   else {
-    const auto mask = static_cast<__mmask16>((1u << n) - 1);
-    const Floats loaded = widen((Bits16)_mm256_maskz_loadu_epi16(mask, p), T{});
+    const Floats loaded = widen((Bits16)_mm256_maskz_loadu_epi16(mask, p - skip), T{});
     return (Floats)_mm512_mask_blend_ps(mask, (__m512)fill, (__m512)loaded);
   }
 #else
+#if FASTNORM_AVX2
+  if constexpr (sizeof(T) == 4) {
+    const auto mask = lanes_between<T>(skip, skip + n);
+    return mask ? (Floats)_mm256_maskload_ps(p - skip, (__m256i)mask) : fill;
+  } else if constexpr (sizeof(T) == 8) {
+    const auto mask = lanes_between<T>(skip, skip + n);
+    return mask ? (Vector<T>)_mm256_maskload_pd(p - skip, (__m256i)mask) : fill;
+  }
+#endif
   constexpr size_t lanes = kLanes<Acc<T>>;
   alignas(kVectorBytes) T lane[lanes] = {};
-  for (size_t i = 0; i < n; ++i) lane[i] = p[i];
+  for (size_t i = 0; i < n; ++i) lane[skip + i] = p[i];
   Vector<Acc<T>> v = load(lane);
-  for (size_t i = n; i < lanes; ++i) v[i] = fill[i];
+  for (size_t i = 0; i < lanes; ++i)
+    if (i < skip || i >= skip + n) v[i] = fill[i];
   return v;
 #endif
 }
 
 template <class T>
-inline void store_part(T* p, Vector<Acc<T>> v, size_t n) {
+FASTNORM_INLINE void store_part(T* p, Vector<Acc<T>> v, size_t n) {
 #if FASTNORM_AVX512
   if constexpr (sizeof(T) == 4)
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
@@ -195,61 +236,131 @@ inline void store_part(T* p, Vector<Acc<T>> v, size_t n) {
   else
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)narrow(v, T{}));
 #else
+#if FASTNORM_AVX2
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(p, (__m256i)lanes_between<T>(0, n), (__m256)v);
+    return;
+  } else if constexpr (sizeof(T) == 8) {
+    _mm256_maskstore_pd(p, (__m256i)lanes_between<T>(0, n), (__m256d)v);
+    return;
+  }
+#endif
   alignas(kVectorBytes) T lane[kLanes<Acc<T>>];
   store(lane, v);
   for (size_t i = 0; i < n; ++i) p[i] = lane[i];
 #endif
 }
 
-// How an expression reads its operands: whole vectors, or the first n lanes (the others are `fill`).
+// How an expression reads its operands: whole vectors, or lanes [skip, skip + n) from the address on, the
+// others being `fill`.
 struct Whole {
   template <class T>
-  Vector<Acc<T>> load(const T* p) const {
+  FASTNORM_INLINE Vector<Acc<T>> load(const T* p) const {
     return FASTNORM_LEVEL::load(p);
   }
   template <class T>
-  Vector<Acc<T>> load(const T* p, Vector<Acc<T>>) const {
+  FASTNORM_INLINE Vector<Acc<T>> load(const T* p, Vector<Acc<T>>) const {
     return FASTNORM_LEVEL::load(p);
   }
 };
 struct Part {
-  size_t n;
+  size_t n, skip = 0;
   template <class T>
-  Vector<Acc<T>> load(const T* p) const {
-    return load_part(p, n, Vector<Acc<T>>{});
+  FASTNORM_INLINE Vector<Acc<T>> load(const T* p) const {
+    return load_part(p, n, Vector<Acc<T>>{}, skip);
   }
   template <class T>
-  Vector<Acc<T>> load(const T* p, Vector<Acc<T>> fill) const {
-    return load_part(p, n, fill);
+  FASTNORM_INLINE Vector<Acc<T>> load(const T* p, Vector<Acc<T>> fill) const {
+    return load_part(p, n, fill, skip);
   }
 };
 
-// y[i] = f(i) for i in [0, n), a vector at a time: f(i, how) returns the lanes from i on.
-// With `past_cache`, whole lines are streamed; the broken lines at both ends are stored plainly, since a
-// line may be shared with a neighbouring run.
-template <class T, class F>
-inline void write_run(T* y, size_t n, bool past_cache, F f) {
-  constexpr size_t lanes = kLanes<Acc<T>>;
-  constexpr size_t line = kLineBytes / sizeof(T) > lanes ? kLineBytes / sizeof(T) : lanes;
-  size_t i = 0;
-  if (past_cache) {
-    const size_t misaligned = reinterpret_cast<std::uintptr_t>(y) % kLineBytes / sizeof(T);
-    const size_t head = misaligned == 0 ? 0 : kLineBytes / sizeof(T) - misaligned;
-    if (head + line <= n) {
-      for (; i + lanes <= head; i += lanes) store(y + i, f(i, Whole{}));
-      if (i < head) store_part(y + i, f(i, Part{head - i}), head - i);
-      for (i = head; i + line <= n; i += line)
-        for (size_t k = 0; k < line; k += lanes) stream(y + i + k, f(i + k, Whole{}));
+// Lines of inputs to fetch while an output is written: those that the next slab or row will read. A store
+// past the cache leaves the load ports idle; reading ahead meanwhile hides the next first pass.
+template <class T, int count>
+struct Ahead {
+  const T* from[count];
+  FASTNORM_INLINE void line(size_t i) const {
+    for (int k = 0; k < count; ++k) __builtin_prefetch(from[k] + i, 0, 2);
+  }
+};
+
+// Writes runs: y[i] = f(i) for i in [0, n), a vector at a time, where f(i, how) returns the lanes from i on.
+//
+// With `past_cache` only whole aligned vectors are streamed. A vector that a run ends in is held back until the
+// next run completes it, so runs that follow one another in memory are one stream; only where they don't is a
+// broken vector stored plainly. A plain store of a line that is not in cache waits for it to be read and holds
+// up the streamed stores behind it: with one at each end, rows of 512 bytes took twice the time.
+template <class T>
+class Writer {
+ public:
+  explicit Writer(bool past_cache) : past_cache_(past_cache) {}
+  ~Writer() { flush(); }
+  Writer(const Writer&) = delete;
+  Writer& operator=(const Writer&) = delete;
+
+  template <class Fetch, class F>
+  FASTNORM_INLINE void run(T* y, size_t n, const Fetch& ahead, const F& f) {
+    size_t i = 0;
+    if (past_cache_) {
+      if (held_ != 0 && y != next_) flush();
+      ahead.line(0);
+      const size_t begun = reinterpret_cast<std::uintptr_t>(y) % (kStep * sizeof(T)) / sizeof(T);
+      if (begun != 0) {
+        i = n < kStep - begun ? n : kStep - begun;
+        if (held_ != 0)
+          complete(y, i, f(0, Part{i, begun}));
+        else
+          store_part(y, f(0, Part{i}), i);
+      }
+      for (; i + kLine <= n; i += kLine) {
+        ahead.line(i);
+        for (size_t k = 0; k < kLine; k += kStep) stream(y + i + k, f(i + k, Whole{}));
+      }
+      for (; i + kStep <= n; i += kStep) stream(y + i, f(i, Whole{}));
+      if (i < n) {
+        ahead.line(n - 1);
+        vector_ = f(i, Part{n - i});
+        held_ = n - i;
+        next_ = y + n;
+      }
+      return;
+    }
+    for (; i + kStep <= n; i += kStep) store(y + i, f(i, Whole{}));
+    if (i < n) store_part(y + i, f(i, Part{n - i}), n - i);
+  }
+
+ private:
+  using A = Acc<T>;
+  static constexpr size_t kStep = kLanes<A>;
+  static constexpr size_t kLine = kLineBytes / sizeof(T) > kStep ? kLineBytes / sizeof(T) : kStep;
+
+  // Puts lanes [held_, held_ + n) of `more` to those held.
+  FASTNORM_INLINE void complete(T* y, size_t n, Vector<A> more) {
+    vector_ = lanes_between<A>(0, held_) ? vector_ : more;
+    held_ += n;
+    next_ = y + n;
+    if (held_ == kStep) {
+      stream(next_ - kStep, vector_);
+      held_ = 0;
     }
   }
-  for (; i + lanes <= n; i += lanes) store(y + i, f(i, Whole{}));
-  if (i < n) store_part(y + i, f(i, Part{n - i}), n - i);
-}
+
+  FASTNORM_INLINE void flush() {
+    if (held_ != 0) store_part(next_ - held_, vector_, held_);
+    held_ = 0;
+  }
+
+  Vector<A> vector_{};
+  T* next_ = nullptr;
+  size_t held_ = 0;
+  bool past_cache_;
+};
 
 // Sums over a run, four accumulators deep to hide the latency of addition: add(i, how, k) adds the lanes
 // from i on into accumulator k. The same lanes go to the same accumulator whatever surrounds the run.
 template <class A, class F>
-inline void sum_run(size_t n, F add) {
+FASTNORM_INLINE void sum_run(size_t n, const F& add) {
   constexpr size_t lanes = kLanes<A>;
   size_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
@@ -262,18 +373,19 @@ inline void sum_run(size_t n, F add) {
   if (i < n) add(i, Part{n - i}, 3);
 }
 
-// The sum of all lanes, pairwise in a fixed order.
+// The sum of all lanes, halves onto halves. By shuffles: through memory it costs a row of 128 a third of
+// its time.
 template <class A>
-inline double total(Vector<A> sum) {
-  A lane[kLanes<A>];
-  std::memcpy(lane, &sum, sizeof lane);
-  for (size_t width = kLanes<A> / 2; width > 0; width /= 2)
-    for (size_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return static_cast<double>(lane[0]);
+FASTNORM_INLINE double total(Vector<A> v) {
+  constexpr int n = static_cast<int>(kLanes<A>);
+  const Indices<A> lane = lane_numbers<A>();
+#pragma GCC unroll 4
+  for (int half = n / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+  return static_cast<double>(v[0]);
 }
 
 template <class V>
-inline V combined(const V (&sums)[4]) {
+FASTNORM_INLINE V combined(const V (&sums)[4]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
