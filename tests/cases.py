@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tolerances import roundoff, tolerance
 
-from fastnorm import _layout
+from fastnorm import Moments, _layout
 from fastnorm.bench.cases import OPS, Case, Inputs, Layout, dtype_of
 
 Array = np.ndarray[Any, Any]
@@ -134,6 +134,10 @@ def storage(array: Array) -> np.dtype[Any]:
 # ---- the truth ------------------------------------------------------------------------------------
 
 
+def _wider(accumulation: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.longdouble if accumulation == np.float64 else np.float64)
+
+
 class Quantity(NamedTuple):
     value: Array
     magnitude: Array
@@ -151,6 +155,22 @@ class Truth(NamedTuple):
     accumulation: np.dtype[Any]
 
 
+def _mean_rounding(mean: Array, accumulation: np.dtype[Any], *, naive: bool) -> Array:
+    """The rounding of a mean itself, in units of u_a: all of it where it is kept in the accumulation dtype."""
+    return np.abs(mean) * (1 if naive else roundoff(np.float64) / roundoff(accumulation))
+
+
+def _moments(
+    x: Array, axes: tuple[int, ...], accumulation: np.dtype[Any], *, naive: bool = False
+) -> tuple[Quantity, Quantity]:
+    """Mean and biased variance of x, which is in the wider dtype already; reduced axes kept."""
+    mean = x.mean(axis=axes, keepdims=True)
+    var = ((x - mean) ** 2).mean(axis=axes, keepdims=True)
+    spread, rounding = np.sqrt(var), _mean_rounding(mean, accumulation, naive=naive)
+    u = roundoff(accumulation) * np.sqrt(x.size // mean.size)
+    return Quantity(mean, spread + rounding), Quantity(var, var + spread * rounding + rounding**2 * u)
+
+
 def truth(
     case: Case, x: Array, gamma: Array | None, beta: Array | None, dout: Array,
     *, eps: float = EPS, constants: tuple[Array, Array] | None = None, naive: bool = False,
@@ -161,7 +181,7 @@ def truth(
     naive : for implementations that keep the mean in the accumulation dtype.
     """
     accumulation = _layout.accumulation_dtype(storage(x))  # the statistics', however wide dout is
-    wider = np.dtype(np.longdouble if accumulation == np.float64 else np.float64)
+    wider = _wider(accumulation)
 
     def wide(array: Array) -> Array:
         return np.asarray(array).astype(wider)
@@ -176,18 +196,12 @@ def truth(
     def mean_of(values: Array) -> Array:
         return values.mean(axis=case.reduced_axes, keepdims=True)
 
-    if constants is None:
-        mean = mean_of(x)
-        var = mean_of((x - mean) ** 2)
-    else:
-        mean, var = (wide(value).reshape(among) for value in constants)
+    moments = _moments(x, case.reduced_axes, accumulation, naive=naive)
+    mean, var = (m.value for m in moments) if constants is None else (wide(c).reshape(among) for c in constants)
     total = var + wider.type(eps)
     rstd = np.divide(1, np.sqrt(total), out=np.zeros_like(total), where=total != 0)
     xhat = (x - mean) * rstd
-    # The rounding of the mean itself, in units of u_a: all of it where it is kept in the accumulation dtype.
-    u = roundoff(accumulation) * np.sqrt(case.reduction)
-    mean_rounding = np.abs(mean) * (1 if naive else roundoff(np.float64) / roundoff(accumulation))
-    one = 1 + mean_rounding * rstd
+    one = 1 + _mean_rounding(mean, accumulation, naive=naive) * rstd
     size = np.abs(xhat) + one
     grad, weight = dout * scale, np.abs(dout * scale)
     if constants is None:
@@ -200,8 +214,8 @@ def truth(
     summed = x.size // max(1, int(np.prod(case.parameter_shape)))
     return Truth(
         y=Quantity(scale * xhat + shift, np.abs(scale) * size + np.abs(shift)),
-        mean=Quantity(mean.reshape(-1), (np.sqrt(var) + mean_rounding).reshape(-1)),
-        var=Quantity(var.reshape(-1), (var + np.sqrt(var) * mean_rounding + mean_rounding**2 * u).reshape(-1)),
+        mean=moments[0],
+        var=moments[1],
         dx=Quantity(dx, dx_magnitude),
         dgamma=Quantity((dout * xhat).sum(axis=samples), (np.abs(dout) * size).sum(axis=samples)),
         dbeta=Quantity(dout.sum(axis=samples), np.abs(dout).sum(axis=samples)),
@@ -210,14 +224,14 @@ def truth(
     )
 
 
-def check(name: str, got: Array, expected: Quantity, truth: Truth) -> None:
+def check(name: str, got: Array, expected: Quantity, accumulation: np.dtype[Any], terms: int) -> None:
     """Fail unless `got` is within its tolerance everywhere; NaN and Inf must be where the truth has them."""
     value = expected.value.reshape(got.shape)
     magnitude = expected.magnitude.reshape(got.shape)
     stored = np.dtype(got.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs(got.astype(value.dtype) - value)
-        allowed = tolerance(value, magnitude, stored, truth.accumulation, truth.terms)
+        allowed = tolerance(value, magnitude, stored, accumulation, terms)
         wrong = ~((error <= allowed) | (np.isnan(value) & np.isnan(got)) | (value == got))
     if wrong.any():
         worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(error / allowed, nan=np.inf), 0)), got.shape)
@@ -232,7 +246,20 @@ def check_all(expected: Truth, results: dict[str, Array | None]) -> None:
     """Check each named result (y, mean, var, dx, dgamma, dbeta) against the truth."""
     for name, got in results.items():
         assert got is not None, name
-        check(name, got, getattr(expected, name), expected)
+        check(name, got, getattr(expected, name), expected.accumulation, expected.terms)
+
+
+def check_moments(found: Moments, x: Array, axes: tuple[int, ...]) -> None:
+    """Check moments of x over these axes."""
+    accumulation = _layout.accumulation_dtype(storage(x))
+    expected = _moments(x.astype(_wider(accumulation)), axes, accumulation)
+    terms = x.size // max(1, found.mean.size)
+    assert found.count == terms
+    for name, quantity in zip(("mean", "var"), expected, strict=True):
+        got = getattr(found, name)
+        assert got.dtype == np.float64
+        check(name, got, quantity, accumulation, terms)
+    assert (found.var >= 0).all()
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
-from cases import ARRANGEMENTS, case, check_all, rearranged, standard, truth
+from cases import ARRANGEMENTS, case, check_all, check_moments, rearranged, standard, truth
 
 import fastnorm
 from fastnorm.bench.cases import DTYPES
@@ -18,16 +18,11 @@ arrangements = pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1), (0, 2), (1, 2), (0, 2, 3), (3, 1), (0, 1, 2, 3), ()], ids=str)
 def test_moments_over_any_axes(axis, arrangement, backend):
     x = ARRANGEMENTS[arrangement](case("batchnorm", (3, 4, 5, 2)).inputs().x)
-    wide = x.astype(np.longdouble)
+    axes = tuple(range(4)) if axis is None else tuple(np.atleast_1d(axis).astype(int) % 4)
     for keepdims in (False, True):
         found = fastnorm.moments(x, axis, keepdims=keepdims, backend=backend)
-        expected = wide.mean(axis=axis, keepdims=keepdims)
-        assert found.mean.shape == found.var.shape == expected.shape
-        assert found.count == x.size // max(1, expected.size)
-        np.testing.assert_allclose(found.mean, expected.astype(float), rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(
-            found.var, wide.var(axis=axis, keepdims=keepdims).astype(float), rtol=1e-5, atol=1e-11
-        )
+        assert found.mean.shape == found.var.shape == np.zeros(x.shape).sum(axis=axis, keepdims=keepdims).shape
+        check_moments(found, x, axes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,9 +50,7 @@ def test_merging_in_any_order(backend, rng):
     parts = [fastnorm.moments(part, 0, backend=backend) for part in np.split(x, [1, 1, 40, 99])]
     for order in (parts, parts[::-1]):
         merged = reduce(fastnorm.Moments.merge, order)
-        assert merged.count == 100
-        np.testing.assert_allclose(merged.mean, x.mean(axis=0), rtol=1e-14)
-        np.testing.assert_allclose(merged.var, x.var(axis=0), rtol=1e-11)
+        check_moments(merged, x, (0,))
 
 
 @arrangements

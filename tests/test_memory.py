@@ -1,0 +1,178 @@
+"""What a call allocates; arrays beyond 2^31 elements."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from cases import OPS, case, rearranged
+from conftest import REASONS
+from processes import run
+
+import fastnorm
+
+ops = pytest.mark.parametrize("op", OPS)
+SHAPE = (2048, 1024)
+ROOM = 0.3
+"""Of x's size, for what is per channel, row and chunk: a thirtieth here; NumPy's blocks are some megabytes."""
+
+
+def _arrays(call, unit):
+    """(result, arrays it holds, arrays at the peak) of a call, as multiples of `unit` bytes."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        result = call()
+        gc.collect()
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return result, (held - before) / unit, (peak - before) / unit
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+@ops
+def test_fused_allocates_the_result_and_nothing_else_of_its_size(op, layout, backend):
+    if op == "layernorm" and layout == "F":
+        pytest.skip("rows that are not runs of memory are packed, which takes a copy")
+    this = case(op, (2 * SHAPE[0], 2 * SHAPE[1]))
+    x, gamma, beta, dout = rearranged(this.inputs(), layout, layout)
+
+    def forward(out=None):
+        return this.op.forward(x, gamma, beta, {}, axis=1, out=out, backend=backend)
+
+    forward()  # what is loaded or compiled once does not count
+    this.op.backward(dout, forward()[1], backend=backend)
+    (y, cache), held, peak = _arrays(forward, x.nbytes)
+    assert 1 <= held <= peak < 1 + ROOM
+    _, held, peak = _arrays(lambda: forward(y), x.nbytes)
+    assert peak < ROOM
+    _, held, peak = _arrays(lambda: this.op.backward(dout, cache, backend=backend), x.nbytes)
+    assert 1 <= held <= peak < 1 + ROOM
+    _, held, peak = _arrays(lambda: this.op.backward(dout, cache, out=y, backend=backend), x.nbytes)
+    assert peak < ROOM
+
+
+@ops
+def test_the_cache_refers_to_x_and_keeps_no_copy(op, backend):
+    this = case(op, SHAPE)
+    x, gamma, beta, _ = this.inputs()
+    out = np.empty_like(x)
+    cache, held, _ = _arrays(lambda: this.op.forward(x, gamma, beta, axis=1, out=out, backend=backend)[1], x.nbytes)
+    assert held < 0.05
+    arrays = [value for value in cache if isinstance(value, np.ndarray)]
+    assert any(value is x for value in arrays)
+    assert all(value is x or value.size <= max(SHAPE) for value in arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@ops
+def test_the_arrays_of_the_staged_graph(op, dtype):
+    """As its docstring says: five of x's size in the forward, four kept; six in the backward, three at a time."""
+    this = case(op, SHAPE, dtype=dtype)
+    x, gamma, beta, dout = this.inputs()
+    forward, backward = this.op.forward_staged, this.op.backward_staged
+    width = 2 if dtype == "float16" else 1  # float16 computes in float32
+    (y, cache), held, peak = _arrays(lambda: forward(x, gamma, beta, axis=1), x.nbytes)
+    assert held == pytest.approx(4 * width + 1, abs=0.1)
+    assert peak == pytest.approx(5 if width == 1 else 6 * width + 1, abs=0.1)
+    kept = {id(value) for value in cache if isinstance(value, np.ndarray) and value.size == x.size}
+    assert len(kept) == 4
+    del y
+    _, held, peak = _arrays(lambda: backward(dout, cache), x.nbytes)
+    assert held == pytest.approx(1, abs=0.1)
+    assert peak == pytest.approx(3 if width == 1 else 4 * width + 1, abs=0.1)
+
+
+PEAK = """
+import re, sys
+import numpy as np, fastnorm
+op, backend, axes = sys.argv[1:]
+fastnorm.set_num_threads(2)
+forward, backward = getattr(fastnorm, op + "_forward"), getattr(fastnorm, op + "_backward")
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+def measured(call):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = status("VmRSS")
+    result = call()
+    return result, (status("VmHWM") - before) / x.nbytes
+
+def arrays(shape):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    return (x.transpose(eval(axes)) for x in (x, x + 1, np.ones_like(x), np.ones_like(x)))
+
+def once(x, dout, y, dx):
+    (_, cache), first = measured(lambda: forward(x, None, None, axis=1, out=y, backend=backend))
+    _, second = measured(lambda: backward(dout, cache, out=dx, backend=backend))
+    return first, second
+
+small = (300, 64) if len(eval(axes)) == 2 else (2, 8, 30, 30)
+large = (16384, 1024) if len(eval(axes)) == 2 else (16, 32, 32, 1024)
+x, *rest = arrays(small)
+once(x, *rest)
+x, *rest = arrays(large)
+print(*once(x, *rest))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", REASONS)
+@pytest.mark.parametrize(
+    ("op", "axes"),
+    [("batchnorm", "(0, 1)"), ("batchnorm", "(1, 0)"), ("batchnorm", "(0, 3, 1, 2)"), ("layernorm", "(0, 1)")],
+)
+def test_kernels_allocate_nothing_of_the_arrays_size(op, axes, name):
+    """The memory of the process with out given, which counts what tracemalloc cannot see."""
+    if REASONS[name]:
+        pytest.skip(f"{name}: {REASONS[name]}")
+    forward, backward = map(float, run(PEAK, op, name, axes).split())
+    assert max(forward, backward) < ROOM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(2**21 + 3, 1024), (1027, 2**21), (3, 2**30 // 3 * 2 + 11, 1), (1, 3, 2**30 // 3 * 2 + 5)]
+)
+@ops
+def test_more_than_two_to_the_31_elements(op, shape, backend):
+    """4 GB in and 4 GB out of float16: what an index of 32 bits would wrap to. Checked piece by piece."""
+    if op == "layernorm" and len(shape) == 3 and shape[0] == 3:
+        shape = shape[:2]
+    x = np.empty(shape, np.float16)
+    assert x.size > 2**31
+    flat = x.reshape(-1)
+    tile = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float16)
+    for start in range(0, flat.size, tile.size):
+        flat[start : start + tile.size] = tile[: flat.size - start]
+    forward, backward = getattr(fastnorm, f"{op}_forward"), getattr(fastnorm, f"{op}_backward")
+    out = np.zeros_like(x)
+    y, cache = forward(x, None, None, axis=1, out=out, backend=backend)
+    axes = tuple(axis for axis in range(x.ndim) if (axis == 1) == (op == "layernorm") or (axis > 1))
+    numbers = np.random.default_rng(1).integers(0, x.size, 1000)
+    numbers = np.concatenate([numbers, [0, 2**31 - 1, 2**31, 2**31 + 1, x.size - 1]])
+    kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    mean, var = (
+        np.broadcast_to(value.reshape([n if axis in kept else 1 for axis, n in enumerate(shape)]), shape)
+        for value in (cache.mean, cache.var)
+    )
+    at = np.unravel_index(numbers, shape)
+    expected = (x[at].astype(np.float64) - mean[at]) / np.sqrt(var[at] + 1e-5)
+    np.testing.assert_allclose(y[at].astype(np.float64), expected, rtol=2e-3, atol=1e-5)
+    # The statistics themselves, from a column or row that lies beyond 2^31.
+    last = tuple(-1 if axis in kept else slice(None) for axis in range(x.ndim))
+    column = x[last].astype(np.float64)
+    assert mean[(-1,) * x.ndim] == pytest.approx(column.mean(), abs=1e-5)
+    assert var[(-1,) * x.ndim] == pytest.approx(column.var(), rel=1e-4)
+    dx, _, _ = backward(x, cache, out=out, backend=backend)
+    xhat = (column - column.mean()) / np.sqrt(column.var() + 1e-5)
+    wanted = (column - column.mean() - xhat * (column * xhat).mean()) / np.sqrt(column.var() + 1e-5)
+    np.testing.assert_allclose(dx[last].astype(np.float64), wanted, rtol=2e-3, atol=1e-4)
