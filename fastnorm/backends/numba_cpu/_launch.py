@@ -25,8 +25,11 @@ PARALLEL_FROM = 1 << 15
 HELPER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Options of what only kernels call; compiling the wrappers that Python would need costs as much again."""
 
-compiled = numba.njit(nogil=True, **HELPER)
+compiled = numba.njit(nogil=True, forceinline=False, **HELPER)
 """Compile a function that kernels call; its machine code is cached with theirs."""
+
+inlined = numba.njit(nogil=True, forceinline=True, **HELPER)
+"""The same for what runs once a short row: arrays passed to a function cost more than such a row."""
 
 # ---- threads and processes ------------------------------------------------------------------------
 

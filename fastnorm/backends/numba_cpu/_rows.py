@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastnorm.backends.numba_cpu import _runs
-from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._launch import Kernel, compiled, inlined
 from fastnorm.backends.numba_cpu._scalars import (
     coefficient,
     gradient_line,
@@ -30,6 +30,8 @@ from fastnorm.backends.numba_cpu._tasks import for_each
 
 BLOCK = 4096
 """Elements of a row that are summed in float32 before float64 takes over."""
+BATCH = 8192
+"""Elements of the rows that are worked on together, to be in L1 or L2 when they are read again."""
 CHUNK = 64
 """Rows of which dgamma and dbeta are summed in float32."""
 PARTS, SHARE = 64, 16
@@ -52,28 +54,46 @@ def _normalize_row(x, y, start, first, last, mean, var, eps, gamma, beta):
 
 
 @compiled
-def _forward_row(x, rows, cols, tiles, gamma, beta, eps, y, mean, var, row):
-    mean[row], var[row] = _runs.channel_moments(x, 1, rows, cols, row, tiles)
-    _normalize_row(x, y, row * cols, 0, cols, mean[row], var[row], eps, gamma, beta)
+def batch_rows(cols):
+    """Rows whose statistics are computed before their output: a power of two up to CHUNK.
+
+    One row at a time waits for its own sums, division and root: 5.9 ms for (100000, 64), in batches 4.2.
+    """
+    count = 1
+    while count < CHUNK and 2 * count * cols <= BATCH:
+        count *= 2
+    return count
+
+
+@compiled
+def _forward_rows(x, rows, cols, tiles, gamma, beta, eps, y, mean, var, begin, end):
+    batch = batch_rows(cols)
+    for first in range(begin, end, batch):
+        last = min(first + batch, end)
+        for row in range(first, last):
+            mean[row], var[row] = _runs.channel_moments(x, 1, rows, cols, row, tiles)
+        for row in range(first, last):
+            _normalize_row(x, y, row * cols, 0, cols, mean[row], var[row], eps, gamma, beta)
 
 
 @Kernel
 def forward(launcher, x, rows, cols, gamma, beta, eps, y, mean, var):
     tiles = _runs.tiling(1, cols)
-    for_each(launcher, _forward_row, (x, rows, cols, tiles, gamma, beta, eps, y, mean, var), rows)
+    for_each(launcher, _forward_rows, (x, rows, cols, tiles, gamma, beta, eps, y, mean, var), rows)
 
 
 @compiled
-def _normalize_piece(x, cols, pieces, mean, var, eps, gamma, beta, y, task):
-    row, first = task // pieces, task % pieces * PIECE
-    last = min(first + PIECE, cols)
-    _normalize_row(x, y, row * cols, first, last, mean[row], var[row], eps, gamma, beta)
+def _normalize_pieces(x, cols, pieces, mean, var, eps, gamma, beta, y, begin, end):
+    for task in range(begin, end):
+        row, first = task // pieces, task % pieces * PIECE
+        last = min(first + PIECE, cols)
+        _normalize_row(x, y, row * cols, first, last, mean[row], var[row], eps, gamma, beta)
 
 
 @Kernel
 def apply(launcher, x, rows, cols, mean, var, eps, gamma, beta, y):
     pieces = -(-cols // PIECE)
-    for_each(launcher, _normalize_piece, (x, cols, pieces, mean, var, eps, gamma, beta, y), rows * pieces)
+    for_each(launcher, _normalize_pieces, (x, cols, pieces, mean, var, eps, gamma, beta, y), rows * pieces)
 
 
 # ---- backward -------------------------------------------------------------------------------------
@@ -91,7 +111,7 @@ def _block_sums(dy, x, gamma, start, first, last, centre):
     return np.float64(sum_g), np.float64(sum_g_centred)
 
 
-@compiled
+@inlined
 def _piece_sums(dy, x, gamma, start, first, last, centre):
     sum_g, sum_g_centred = 0.0, 0.0
     for block in range(first, last, BLOCK):
@@ -101,26 +121,46 @@ def _piece_sums(dy, x, gamma, start, first, last, centre):
     return sum_g, sum_g_centred
 
 
-@compiled
-def _gradient_piece(dy, x, dx, start, first, last, mean, var, eps, gamma, cols, sum_g, sum_g_centred):
+@inlined
+def _row_sums(dy, x, gamma, row, cols, mean):
+    """`_piece_sums` of a whole row, piece by piece as `backward_long` adds them up."""
+    centre = rounded(x, mean)
+    if cols <= PIECE:
+        return _piece_sums(dy, x, gamma, row * cols, 0, cols, centre)
+    sum_g, sum_g_centred = 0.0, 0.0
+    for first in range(0, cols, PIECE):
+        sums = _piece_sums(dy, x, gamma, row * cols, first, min(first + PIECE, cols), centre)
+        sum_g += sums[0]
+        sum_g_centred += sums[1]
+    return sum_g, sum_g_centred
+
+
+@inlined
+def _row_line(x, mean, var, eps, cols, sum_g, sum_g_centred):
+    """Coefficients of a row: `gradient_line` for dx, and rest*rstd for xhat = (x - centre)*scale - offset."""
+    factor = rstd(var, eps)
+    rest = mean - rounded(x, mean)
+    sum_g_xhat = sum_times_xhat(factor, rest, sum_g, sum_g_centred)
+    return gradient_line(x, mean, var, eps, 1.0, sum_g / cols, sum_g_xhat / cols), rounded(x, rest * factor)
+
+
+@inlined
+def _gradient_piece(dy, x, dx, start, first, last, gamma, line):
     """dx = rstd*(g - mean(g) - xhat*mean(g*xhat)) for columns first..last of a row."""
-    sum_g_xhat = sum_times_xhat(rstd(var, eps), mean - rounded(x, mean), sum_g, sum_g_centred)
-    centre, scale, lift, slope = gradient_line(x, mean, var, eps, 1.0, sum_g / cols, sum_g_xhat / cols)
+    centre, scale, lift, slope = line[0]
     for j in range(first, last):
         g = load(dy, start + j) * load(gamma, j)
         store(dx, start + j, input_gradient(g, load(x, start + j), centre, scale, lift, slope))
 
 
-@compiled
-def _add_parameter_gradients(dy, x, start, first, last, mean, var, eps, dgamma, dbeta):
-    """dgamma += dy*xhat and dbeta += dy for columns first..last of a row, in the accumulation dtype."""
-    centre = rounded(x, mean)
-    factor = rstd(var, eps)
-    scale, shift = coefficient(x, factor), rounded(x, (mean - centre) * factor)
-    for j in range(first, last):
+@inlined
+def _add_parameter_gradients(dy, x, start, columns, line, dgamma, dbeta):
+    """dgamma += dy*xhat and dbeta += dy for a piece of a row, in the accumulation dtype."""
+    (centre, scale, _, _), offset = line
+    for j in range(columns):
         grad = load(dy, start + j)
-        dgamma[j - first] += grad * ((load(x, start + j) - centre) * scale - shift)
-        dbeta[j - first] += grad
+        dgamma[j] += grad * ((load(x, start + j) - centre) * scale - offset)
+        dbeta[j] += grad
 
 
 @compiled
@@ -132,40 +172,43 @@ def _flush(sums, totals, offset, count):
 
 
 @compiled
-def _backward_rows(dy, x, rows, cols, share, mean, var, eps, gamma, dx, part_dgamma, part_dbeta, task):
+def _backward_rows(dy, x, rows, cols, share, mean, var, eps, gamma, dx, part_dgamma, part_dbeta, begin, end):
     """`share` whole rows: dx, and their part of dgamma and dbeta where these are wanted."""
-    wanted = part_dgamma.size > 0
-    columns = cols if wanted else 0
+    batch = batch_rows(cols)
+    sum_g, sum_g_centred = np.empty(batch), np.empty(batch)
+    columns = cols if part_dgamma.size > 0 else 0
     dgamma, dbeta = workspace(x, columns), workspace(x, columns)
-    for j in range(columns):
-        dgamma[j], dbeta[j] = 0.0, 0.0
-        part_dgamma[task * cols + j], part_dbeta[task * cols + j] = 0.0, 0.0
-    for row in range(task * share, min((task + 1) * share, rows)):
-        start, centre = row * cols, rounded(x, mean[row])
-        sum_g, sum_g_centred = 0.0, 0.0
-        for first in range(0, cols, PIECE):
-            sums = _piece_sums(dy, x, gamma, start, first, min(first + PIECE, cols), centre)
-            sum_g += sums[0]
-            sum_g_centred += sums[1]
-        _add_parameter_gradients(dy, x, start, 0, columns, mean[row], var[row], eps, dgamma, dbeta)
-        _gradient_piece(dy, x, dx, start, 0, cols, mean[row], var[row], eps, gamma, cols, sum_g, sum_g_centred)
-        if row % CHUNK == CHUNK - 1:
-            _flush(dgamma, part_dgamma, task * cols, columns)
-            _flush(dbeta, part_dbeta, task * cols, columns)
-    _flush(dgamma, part_dgamma, task * cols, columns)
-    _flush(dbeta, part_dbeta, task * cols, columns)
+    for task in range(begin, end):
+        for j in range(columns):
+            dgamma[j], dbeta[j] = 0.0, 0.0
+            part_dgamma[task * cols + j], part_dbeta[task * cols + j] = 0.0, 0.0
+        for first in range(task * share, min((task + 1) * share, rows), batch):
+            last = min(first + batch, (task + 1) * share, rows)
+            for row in range(first, last):
+                sum_g[row - first], sum_g_centred[row - first] = _row_sums(dy, x, gamma, row, cols, mean[row])
+            for row in range(first, last):
+                i = row - first
+                line = _row_line(x, mean[row], var[row], eps, cols, sum_g[i], sum_g_centred[i])
+                _add_parameter_gradients(dy, x, row * cols, columns, line, dgamma, dbeta)
+                _gradient_piece(dy, x, dx, row * cols, 0, cols, gamma, line)
+            if (last - task * share) % CHUNK == 0:
+                _flush(dgamma, part_dgamma, task * cols, columns)
+                _flush(dbeta, part_dbeta, task * cols, columns)
+        _flush(dgamma, part_dgamma, task * cols, columns)
+        _flush(dbeta, part_dbeta, task * cols, columns)
 
 
 @compiled
-def _add_parts(parts, cols, part_dgamma, part_dbeta, dgamma, dbeta, task):
+def _add_parts(parts, cols, part_dgamma, part_dbeta, dgamma, dbeta, begin, end):
     """Sum a strip of columns over the parts, in order."""
-    first, last = task * STRIP, min((task + 1) * STRIP, cols)
-    for j in range(first, last):
-        dgamma[j], dbeta[j] = part_dgamma[j], part_dbeta[j]
-    for part in range(1, parts):
+    for task in range(begin, end):
+        first, last = task * STRIP, min((task + 1) * STRIP, cols)
         for j in range(first, last):
-            dgamma[j] += part_dgamma[part * cols + j]
-            dbeta[j] += part_dbeta[part * cols + j]
+            dgamma[j], dbeta[j] = part_dgamma[j], part_dbeta[j]
+        for part in range(1, parts):
+            for j in range(first, last):
+                dgamma[j] += part_dgamma[part * cols + j]
+                dbeta[j] += part_dbeta[part * cols + j]
 
 
 @Kernel
@@ -181,36 +224,37 @@ def backward(launcher, dy, x, rows, cols, mean, var, eps, gamma, dx, dgamma, dbe
 
 
 @compiled
-def _store_piece_sums(dy, x, cols, pieces, mean, gamma, piece_g, piece_g_centred, task):
-    row, first = task // pieces, task % pieces * PIECE
-    piece_g[task], piece_g_centred[task] = _piece_sums(
-        dy, x, gamma, row * cols, first, min(first + PIECE, cols), rounded(x, mean[row])
-    )
+def _store_piece_sums(dy, x, cols, pieces, mean, gamma, piece_g, piece_g_centred, begin, end):
+    for task in range(begin, end):
+        row, first = task // pieces, task % pieces * PIECE
+        piece_g[task], piece_g_centred[task] = _piece_sums(
+            dy, x, gamma, row * cols, first, min(first + PIECE, cols), rounded(x, mean[row])
+        )
 
 
 @compiled
 def _backward_columns(
-    dy, x, rows, cols, pieces, mean, var, eps, gamma, dx, dgamma, dbeta, piece_g, piece_g_centred, task
+    dy, x, rows, cols, pieces, mean, var, eps, gamma, dx, dgamma, dbeta, piece_g, piece_g_centred, begin, end
 ):
     """A piece of every row, one after the other: dx, and dgamma and dbeta where these are wanted."""
-    first, last = task * PIECE, min((task + 1) * PIECE, cols)
-    columns = last - first if dgamma.size > 0 else 0
-    piece_dgamma, piece_dbeta = workspace(x, columns), workspace(x, columns)
-    for j in range(columns):
-        piece_dgamma[j], piece_dbeta[j] = 0.0, 0.0
-        dgamma[first + j], dbeta[first + j] = 0.0, 0.0
-    for row in range(rows):
-        start = row * cols
-        sum_g, sum_g_centred = 0.0, 0.0
-        for piece in range(row * pieces, (row + 1) * pieces):
-            sum_g += piece_g[piece]
-            sum_g_centred += piece_g_centred[piece]
-        _add_parameter_gradients(
-            dy, x, start, first, first + columns, mean[row], var[row], eps, piece_dgamma, piece_dbeta
-        )
-        _gradient_piece(dy, x, dx, start, first, last, mean[row], var[row], eps, gamma, cols, sum_g, sum_g_centred)
-    _flush(piece_dgamma, dgamma, first, columns)
-    _flush(piece_dbeta, dbeta, first, columns)
+    for task in range(begin, end):
+        first, last = task * PIECE, min((task + 1) * PIECE, cols)
+        columns = last - first if dgamma.size > 0 else 0
+        piece_dgamma, piece_dbeta = workspace(x, columns), workspace(x, columns)
+        for j in range(columns):
+            piece_dgamma[j], piece_dbeta[j] = 0.0, 0.0
+            dgamma[first + j], dbeta[first + j] = 0.0, 0.0
+        for row in range(rows):
+            start = row * cols
+            sum_g, sum_g_centred = 0.0, 0.0
+            for piece in range(row * pieces, (row + 1) * pieces):
+                sum_g += piece_g[piece]
+                sum_g_centred += piece_g_centred[piece]
+            line = _row_line(x, mean[row], var[row], eps, cols, sum_g, sum_g_centred)
+            _add_parameter_gradients(dy, x, start + first, columns, line, piece_dgamma, piece_dbeta)
+            _gradient_piece(dy, x, dx, start, first, last, gamma, line)
+        _flush(piece_dgamma, dgamma, first, columns)
+        _flush(piece_dbeta, dbeta, first, columns)
 
 
 @Kernel

@@ -95,6 +95,8 @@ def part_moments(x, outer, channels, inner, channel, part, tiles):
     """(mean, centred squares) of a part of a channel."""
     runs, length, pieces, blocks, _ = tiles
     stride = channels * inner
+    if blocks == 1:  # short rows: the divisions below take as long as 64 elements
+        return _block_moments(x, channel * inner, stride, outer, inner)
     seen, mean, squares = 0, 0.0, 0.0
     for block in range(part * PART_BLOCKS, min((part + 1) * PART_BLOCKS, blocks)):
         run, i = block // pieces * runs, block % pieces * length
@@ -111,6 +113,9 @@ def part_moments(x, outer, channels, inner, channel, part, tiles):
 @compiled
 def channel_moments(x, outer, channels, inner, channel, tiles):
     """(mean, var) of a whole channel."""
+    if tiles[4] == 1:
+        mean, squares = part_moments(x, outer, channels, inner, channel, 0, tiles)
+        return mean, squares / (outer * inner)
     seen, mean, squares = 0, 0.0, 0.0
     for part in range(tiles[4]):
         part_mean, part_squares = part_moments(x, outer, channels, inner, channel, part, tiles)
@@ -121,9 +126,10 @@ def channel_moments(x, outer, channels, inner, channel, tiles):
 
 
 @compiled
-def _store_part_moments(x, outer, channels, inner, tiles, part_mean, part_squares, task):
-    channel, part = task // tiles[4], task % tiles[4]
-    part_mean[task], part_squares[task] = part_moments(x, outer, channels, inner, channel, part, tiles)
+def _store_moments(x, outer, channels, inner, tiles, part_mean, part_squares, begin, end):
+    for task in range(begin, end):
+        channel, part = task // tiles[4], task % tiles[4]
+        part_mean[task], part_squares[task] = part_moments(x, outer, channels, inner, channel, part, tiles)
 
 
 @Kernel
@@ -132,7 +138,7 @@ def moments(launcher, x, outer, channels, inner, mean, var):
     parts = tiles[4]
     part_mean, part_squares = np.empty(channels * parts), np.empty(channels * parts)
     arguments = (x, outer, channels, inner, tiles, part_mean, part_squares)
-    for_each(launcher, _store_part_moments, arguments, channels * parts)
+    for_each(launcher, _store_moments, arguments, channels * parts)
     for channel in range(channels):
         seen, mean[channel], var[channel] = 0, 0.0, 0.0
         for part in range(parts):
@@ -151,39 +157,41 @@ def _normalize_run(x, y, start, length, centre, scale, shift):
 
 
 @compiled
-def _apply_task(x, y, channels, inner, pieces, mean, var, eps, gamma, beta, task):
+def _normalize_pieces(x, y, channels, inner, pieces, mean, var, eps, gamma, beta, begin, end):
     """Piece `task % pieces` of run `task // pieces`, in the order of memory."""
-    run, piece = task // pieces, task % pieces
-    channel = run % channels
-    centre, scale, shift = affine_line(x, mean[channel], var[channel], eps, gamma[channel], beta[channel])
-    length = min(PIECE, inner - piece * PIECE)
-    _normalize_run(x, y, run * inner + piece * PIECE, length, centre, scale, shift)
+    for task in range(begin, end):
+        run, piece = task // pieces, task % pieces
+        channel = run % channels
+        centre, scale, shift = affine_line(x, mean[channel], var[channel], eps, gamma[channel], beta[channel])
+        length = min(PIECE, inner - piece * PIECE)
+        _normalize_run(x, y, run * inner + piece * PIECE, length, centre, scale, shift)
 
 
 @Kernel
 def apply(launcher, x, outer, channels, inner, mean, var, eps, gamma, beta, y):
     pieces = -(-inner // PIECE)
     arguments = (x, y, channels, inner, pieces, mean, var, eps, gamma, beta)
-    for_each(launcher, _apply_task, arguments, outer * channels * pieces)
+    for_each(launcher, _normalize_pieces, arguments, outer * channels * pieces)
 
 
 @compiled
-def _forward_group(x, y, outer, channels, inner, group, tiles, mean, var, eps, gamma, beta, task):
+def _forward_groups(x, y, outer, channels, inner, group, tiles, mean, var, eps, gamma, beta, begin, end):
     """Statistics of a group of channels, then, while they are in the cache, their output."""
-    first, last = task * group, min((task + 1) * group, channels)
-    for channel in range(first, last):
-        mean[channel], var[channel] = channel_moments(x, outer, channels, inner, channel, tiles)
-    for run in range(outer):
+    for task in range(begin, end):
+        first, last = task * group, min((task + 1) * group, channels)
         for channel in range(first, last):
-            centre, scale, shift = affine_line(x, mean[channel], var[channel], eps, gamma[channel], beta[channel])
-            _normalize_run(x, y, (run * channels + channel) * inner, inner, centre, scale, shift)
+            mean[channel], var[channel] = channel_moments(x, outer, channels, inner, channel, tiles)
+        for run in range(outer):
+            for channel in range(first, last):
+                centre, scale, shift = affine_line(x, mean[channel], var[channel], eps, gamma[channel], beta[channel])
+                _normalize_run(x, y, (run * channels + channel) * inner, inner, centre, scale, shift)
 
 
 @Kernel
 def forward(launcher, x, outer, channels, inner, group, gamma, beta, eps, y, mean, var):
     tiles = tiling(outer, inner)
     arguments = (x, y, outer, channels, inner, group, tiles, mean, var, eps, gamma, beta)
-    for_each(launcher, _forward_group, arguments, -(-channels // group))
+    for_each(launcher, _forward_groups, arguments, -(-channels // group))
 
 
 # ---- backward -------------------------------------------------------------------------------------
@@ -218,10 +226,11 @@ def _part_sums(dy, x, outer, channels, inner, channel, part, tiles, centre):
 
 
 @compiled
-def _store_part_sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, task):
-    channel, part = task // tiles[4], task % tiles[4]
-    centre = rounded(x, mean[channel])
-    part_dy[task], part_dy_centred[task] = _part_sums(dy, x, outer, channels, inner, channel, part, tiles, centre)
+def _store_sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, begin, end):
+    for task in range(begin, end):
+        channel, part = task // tiles[4], task % tiles[4]
+        centre = rounded(x, mean[channel])
+        part_dy[task], part_dy_centred[task] = _part_sums(dy, x, outer, channels, inner, channel, part, tiles, centre)
 
 
 @Kernel
@@ -230,7 +239,7 @@ def backward_reduce(launcher, dy, x, outer, channels, inner, mean, var, eps, sum
     parts = tiles[4]
     part_dy, part_dy_centred = np.empty(channels * parts), np.empty(channels * parts)
     arguments = (dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred)
-    for_each(launcher, _store_part_sums, arguments, channels * parts)
+    for_each(launcher, _store_sums, arguments, channels * parts)
     for channel in range(channels):
         total, centred = 0.0, 0.0
         for task in range(channel * parts, (channel + 1) * parts):
@@ -248,46 +257,50 @@ def _gradient_run(dy, x, dx, start, length, centre, scale, lift, slope):
 
 
 @compiled
-def _backward_apply_task(dy, x, dx, channels, inner, pieces, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, task):
-    run, piece = task // pieces, task % pieces
-    c = run % channels
-    centre, scale, lift, slope = gradient_line(
-        x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count
-    )
-    length = min(PIECE, inner - piece * PIECE)
-    _gradient_run(dy, x, dx, run * inner + piece * PIECE, length, centre, scale, lift, slope)
+def _gradient_pieces(dy, x, dx, channels, inner, pieces, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, begin, end):
+    for task in range(begin, end):
+        run, piece = task // pieces, task % pieces
+        c = run % channels
+        centre, scale, lift, slope = gradient_line(
+            x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count
+        )
+        length = min(PIECE, inner - piece * PIECE)
+        _gradient_run(dy, x, dx, run * inner + piece * PIECE, length, centre, scale, lift, slope)
 
 
 @Kernel
 def backward_apply(launcher, dy, x, outer, channels, inner, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, dx):
     pieces = -(-inner // PIECE)
     arguments = (dy, x, dx, channels, inner, pieces, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count)
-    for_each(launcher, _backward_apply_task, arguments, outer * channels * pieces)
+    for_each(launcher, _gradient_pieces, arguments, outer * channels * pieces)
 
 
 @compiled
-def _backward_group(dy, x, dx, outer, channels, inner, group, tiles, mean, var, eps, gamma, sum_dy, sum_dy_xhat, task):
-    first, last = task * group, min((task + 1) * group, channels)
+def _backward_groups(
+    dy, x, dx, outer, channels, inner, group, tiles, mean, var, eps, gamma, sum_dy, sum_dy_xhat, begin, end
+):
     count = float(outer * inner)
-    for c in range(first, last):
-        centre = rounded(x, mean[c])
-        total, centred = 0.0, 0.0
-        for part in range(tiles[4]):
-            sums = _part_sums(dy, x, outer, channels, inner, c, part, tiles, centre)
-            total += sums[0]
-            centred += sums[1]
-        sum_dy[c] = total
-        sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), mean[c] - centre, total, centred)
-    for run in range(outer):
+    for task in range(begin, end):
+        first, last = task * group, min((task + 1) * group, channels)
         for c in range(first, last):
-            centre, scale, lift, slope = gradient_line(
-                x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count
-            )
-            _gradient_run(dy, x, dx, (run * channels + c) * inner, inner, centre, scale, lift, slope)
+            centre = rounded(x, mean[c])
+            total, centred = 0.0, 0.0
+            for part in range(tiles[4]):
+                sums = _part_sums(dy, x, outer, channels, inner, c, part, tiles, centre)
+                total += sums[0]
+                centred += sums[1]
+            sum_dy[c] = total
+            sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), mean[c] - centre, total, centred)
+        for run in range(outer):
+            for c in range(first, last):
+                centre, scale, lift, slope = gradient_line(
+                    x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count
+                )
+                _gradient_run(dy, x, dx, (run * channels + c) * inner, inner, centre, scale, lift, slope)
 
 
 @Kernel
 def backward(launcher, dy, x, outer, channels, inner, group, mean, var, eps, gamma, dx, sum_dy, sum_dy_xhat):
     tiles = tiling(outer, inner)
     arguments = (dy, x, dx, outer, channels, inner, group, tiles, mean, var, eps, gamma, sum_dy, sum_dy_xhat)
-    for_each(launcher, _backward_group, arguments, -(-channels // group))
+    for_each(launcher, _backward_groups, arguments, -(-channels // group))
