@@ -14,7 +14,7 @@ from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases
 from fastnorm.bench.variants import variants
 
 SIZE, QUICK_SIZE = 256, 32
-LIMIT, QUICK_LIMIT = 80.0, 15.0
+LIMIT, QUICK_LIMIT = 70.0, 15.0
 """Seconds that it should take; on a slow machine as long as checks and two rounds take."""
 
 
