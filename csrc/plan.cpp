@@ -46,8 +46,10 @@ Caches caches() {
 
 Cut cut_channels(ChannelShape shape) {
   Cut cut{};
+  cut.fold = 1;
   if (shape.inner == 1) {
-    cut.rows = std::min(kChunkRows, shape.outer);
+    cut.fold = std::max<std::size_t>(1, kFoldedRow / shape.channels);
+    cut.rows = std::min(cut.fold > 1 ? kChunkRows / 2 * cut.fold : kChunkRows, shape.outer);
     cut.pieces = 1;
     cut.piece = 1;
   } else if (shape.inner < kChunk) {
@@ -74,10 +76,14 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   ChannelPlan plan{};
   plan.stream = streams(shape.channels * shape.outer * shape.inner * itemsize);
 
-  // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well.
+  // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well. Folded rows
+  // are whole rows: their channels stay together.
+  const bool folded = cut_channels(shape).fold > 1;
+  const std::size_t line = 64 / itemsize;
   const std::size_t in_l2 = caches().l2 / 2 / channel_bytes;
-  if (in_l2 >= (columns ? 1024 / itemsize : 1)) {
+  if (!folded && in_l2 >= (columns ? kNarrowestSlab / itemsize : 1)) {
     plan.slab = std::min(in_l2, ceil_div(shape.channels, workers));
+    if (columns) plan.slab = ceil_div(plan.slab, line) * line;
     plan.fits = true;
     return plan;
   }
@@ -87,11 +93,10 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
     plan.fits = true;
     return plan;
   }
-  // All threads on a slab in half of L3; where the narrowest does not fit, the second pass reads memory again.
+  // All threads on everything at once, or on one channel of runs. What of it fits L3 need not be read again.
   plan.team = true;
-  const std::size_t in_l3 = caches().l3 / 2 / channel_bytes;
-  plan.fits = in_l3 >= std::min<std::size_t>(shape.channels, columns ? 256 / itemsize : 1);
-  plan.slab = plan.fits ? std::min(in_l3, shape.channels) : columns ? shape.channels : 1;
+  plan.slab = columns ? shape.channels : 1;
+  plan.fits = plan.slab * channel_bytes <= caches().l3 / 2;
   return plan;
 }
 

@@ -21,10 +21,10 @@ namespace fastnorm::FASTNORM_LEVEL {
 
 // What the elementwise passes need of each channel, in the accumulation dtype. With mean = centre + rest
 // exactly, forward:  y = (x - centre)*scale + shift,    scale = gamma*rstd, shift = beta - rest*scale;
-// backward: dx = scale*((dy - offset) - (x - centre)*slope).
+// backward: dx = scale*((dy - offset) + (x - centre)*descent).
 template <class A>
 struct Coefficients {
-  A *centre, *scale, *shift, *slope;  // `shift` doubles as `offset`
+  A *centre, *scale, *shift, *descent;  // `shift` doubles as `offset`
 };
 
 template <class A>
@@ -47,12 +47,12 @@ inline void backward_coefficients(const Coefficients<A>& to, size_t n, const dou
   for (size_t c = 0; c < n; ++c) {
     const A centre = static_cast<A>(mean[c]);
     const double rstd = rstd_of(var[c], eps);
-    const double slope = rstd * sum_dy_xhat[c] / count;
+    const double descent = -rstd * sum_dy_xhat[c] / count;
     const double rest = mean[c] - static_cast<double>(centre);
     to.centre[c] = centre;
     to.scale[c] = static_cast<A>(rstd * (gamma ? static_cast<double>(gamma[c]) : 1.0));
-    to.shift[c] = static_cast<A>(sum_dy[c] / count - rest * slope);
-    to.slope[c] = static_cast<A>(slope);
+    to.shift[c] = static_cast<A>(sum_dy[c] / count + rest * descent);
+    to.descent[c] = static_cast<A>(descent);
   }
 }
 
@@ -130,7 +130,7 @@ struct Runs {
                           shift = broadcast(k.shift[c - c0]);
           const T* from = x + at;
           writer.run(y + at, u.length, Ahead<T, 1>{{from + ahead}}, [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
-            return (how.load(from + j) - centre) * scale + shift;
+            return mul_add(how.load(from + j) - centre, scale, shift);
           });
         }
     }
@@ -151,7 +151,7 @@ struct Runs {
           sum_run<A>(u.length, [&](size_t j, auto how, int k) FASTNORM_INLINE_LAMBDA {
             const Vector<A> grad = how.load(dy + at + j);
             grads[k] += grad;
-            products[k] += grad * (how.load(x + at + j, centre) - centre);
+            products[k] = mul_add(grad, how.load(x + at + j, centre) - centre, products[k]);
           });
         }
         sum_dy[c - c0] += total<A>(combined(grads));
@@ -169,11 +169,11 @@ struct Runs {
         for (size_t c = c0; c < c1; ++c) {
           const size_t at = place(u, c) + r * stride();
           const Vector<A> centre = broadcast(k.centre[c - c0]), scale = broadcast(k.scale[c - c0]),
-                          offset = broadcast(k.shift[c - c0]), slope = broadcast(k.slope[c - c0]);
+                          offset = broadcast(k.shift[c - c0]), descent = broadcast(k.descent[c - c0]);
           const T *grad = dy + at, *from = x + at;
           writer.run(dx + at, u.length, Ahead<T, 2>{{grad + ahead, from + ahead}},
                      [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
-                       return scale * ((how.load(grad + j) - offset) - (how.load(from + j) - centre) * slope);
+                       return scale * mul_add(how.load(from + j) - centre, descent, how.load(grad + j) - offset);
                      });
         }
     }
@@ -198,40 +198,64 @@ FASTNORM_INLINE void put(A* p, Vector<A> v, How how) {
     store(p, v);
 }
 
+// Few channels make short rows; `fold` rows together are then treated as one (Cut::fold), with the sums of a
+// channel's `fold` columns added up at the end of a block.
 template <class T>
 struct Columns {
   using A = Acc<T>;
-  // Columns of a block whose rows are summed together: a block of kChunkRows rows is then 256 KB of float32
-  // at most, and its second pass reads L2.
+  // Columns of a block whose rows are summed together: a block is then 256 KB of float32 at most, and its second
+  // pass reads L2.
   static constexpr size_t kWidth = 1024;
-  static constexpr size_t kWorkspace = 3 * kWidth;
+  static constexpr size_t kWorkspace = 4 * kWidth;
 
   ChannelShape shape;
   Cut cut;
 
-  double count(size_t g) const {
-    const size_t first = first_unit(cut, g) * cut.rows;
-    return static_cast<double>(std::min(shape.outer, last_unit(cut, g) * cut.rows) - first);
+  double count(size_t g) const { return static_cast<double>(last_row(g) - first_row(g)); }
+  size_t first_row(size_t g) const { return first_unit(cut, g) * cut.rows; }
+  size_t last_row(size_t g) const { return std::min(shape.outer, last_unit(cut, g) * cut.rows); }
+
+  // values[0, n) again and again, `fold` times.
+  static void repeat(A* values, size_t n, size_t fold) {
+    for (size_t j = 1; j < fold; ++j) std::copy_n(values, n, values + j * n);
   }
 
-  // Adds f(row, c, how) of rows [r0, r1) to sums[c], eight rows at a time: eight streams for the
-  // prefetcher, and the sums are read and written once for all eight.
+  // Rows [0, rows) of a block, eight at a time: eight streams for the prefetcher, and the sums are read and
+  // written once for all eight. add(offset, c, how, sum): the sum with the element at offset in column c added.
   template <class F>
-  FASTNORM_INLINE static void sum_rows(size_t r0, size_t r1, size_t n, A* sums, const F& f) {
-    size_t r = r0;
-    for (; r + 8 <= r1; r += 8)
+  FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, A* sums, const F& add) {
+    size_t r = 0;
+    for (; r + 8 <= rows; r += 8)
       for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-        const Vector<A> low = (f(r, c, how) + f(r + 1, c, how)) + (f(r + 2, c, how) + f(r + 3, c, how));
-        const Vector<A> high = (f(r + 4, c, how) + f(r + 5, c, how)) + (f(r + 6, c, how) + f(r + 7, c, how));
-        put(sums + c, how.load(sums + c) + (low + high), how);
+        const size_t at = r * stride + c;
+        Vector<A> even = how.load(sums + c), odd{};
+        for (size_t j = 0; j < 8; j += 2) {
+          even = add(at + j * stride, c, how, even);
+          odd = add(at + (j + 1) * stride, c, how, odd);
+        }
+        put(sums + c, even + odd, how);
       });
-    for (; r < r1; ++r)
-      for_columns<A>(
-          n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(sums + c, how.load(sums + c) + f(r, c, how), how); });
+    for (; r < rows; ++r)
+      for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+        put(sums + c, add(r * stride + c, c, how, how.load(sums + c)), how);
+      });
+  }
+
+  // All rows of a block of n channels: folded rows, then those left over, then the sum over a channel's columns.
+  template <class F>
+  FASTNORM_INLINE void sum_block(const Unit& u, size_t n, A* sums, const F& add) const {
+    const size_t wide = n * cut.fold, folded = u.rows / cut.fold, done = folded * cut.fold * shape.channels;
+    std::fill_n(sums, wide, A{});
+    sum_rows(folded, shape.channels * cut.fold, wide, sums, add);
+    sum_rows(u.rows % cut.fold, shape.channels, n, sums,
+             [&](size_t at, size_t c, auto how, Vector<A> sum)
+                 FASTNORM_INLINE_LAMBDA { return add(done + at, c, how, sum); });
+    for (size_t j = 1; j < cut.fold; ++j)
+      for (size_t c = 0; c < n; ++c) sums[c] += sums[j * n + c];
   }
 
   void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
-    A *sums = workspace, *centre = workspace + kWidth, *rest = workspace + 2 * kWidth;
+    A *sums = workspace, *pivot = workspace + kWidth, *centre = workspace + 2 * kWidth, *rest = workspace + 3 * kWidth;
     double before = 0;
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
@@ -240,23 +264,23 @@ struct Columns {
       for (size_t w = c0; w < c1; w += kWidth) {
         const size_t n = std::min(kWidth, c1 - w);
         const T* block = x + u.row * shape.channels + w;
-        const auto at = [&](size_t r, size_t c) { return block + r * shape.channels + c; };
-        std::fill_n(sums, n, A{});
-        sum_rows(1, u.rows, n, sums, [&](size_t r, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-          return how.load(at(r, c)) - how.load(block + c);
+        for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivot + c, how.load(block + c), how); });
+        repeat(pivot, n, cut.fold);
+        sum_block(u, n, sums, [&](size_t at, size_t c, auto how, Vector<A> sum) FASTNORM_INLINE_LAMBDA {
+          return sum + (how.load(block + at) - how.load(pivot + c));
         });
         const Vector<A> divisor = broadcast(static_cast<A>(rows));
         for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           // mean = pivot + d as centre + rest, exactly (Knuth's two-sum)
-          const Vector<A> pivot = how.load(block + c), d = how.load(sums + c) / divisor;
-          const Vector<A> sum = pivot + d, virtual_d = sum - pivot;
+          const Vector<A> first = how.load(pivot + c), d = how.load(sums + c) / divisor;
+          const Vector<A> sum = first + d, virtual_d = sum - first;
           put(centre + c, sum, how);
-          put(rest + c, (pivot - (sum - virtual_d)) + (d - virtual_d), how);
+          put(rest + c, (first - (sum - virtual_d)) + (d - virtual_d), how);
         });
-        std::fill_n(sums, n, A{});
-        sum_rows(0, u.rows, n, sums, [&](size_t r, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-          const Vector<A> d = how.load(at(r, c)) - how.load(centre + c);
-          return d * d;
+        repeat(centre, n, cut.fold);
+        sum_block(u, n, sums, [&](size_t at, size_t c, auto how, Vector<A> sum) FASTNORM_INLINE_LAMBDA {
+          const Vector<A> d = how.load(block + at) - how.load(centre + c);
+          return mul_add(d, d, sum);
         });
         double *to_mean = mean + (w - c0), *to_m2 = m2 + (w - c0);
         for (size_t c = 0; c < n; ++c) {
@@ -274,18 +298,7 @@ struct Columns {
     }
   }
 
-  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
-             size_t ahead) const {
-    Writer<T> writer(past_cache);
-    const size_t last = std::min(shape.outer, last_unit(cut, g) * cut.rows);
-    for (size_t r = first_unit(cut, g) * cut.rows; r < last; ++r) {
-      const size_t at = r * shape.channels + c0;
-      writer.run(y + at, c1 - c0, Ahead<T, 1>{{x + at + ahead}}, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-        return (how.load(x + at + c) - how.load(k.centre + c)) * how.load(k.scale + c) + how.load(k.shift + c);
-      });
-    }
-  }
-
+  // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g; `centres` is repeated for the fold.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
               double* sum_dyx, A* workspace) const {
     A *grads = workspace, *products = workspace + kWidth;
@@ -294,49 +307,70 @@ struct Columns {
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
       for (size_t w = c0; w < c1; w += kWidth) {
-        const size_t n = std::min(kWidth, c1 - w);
+        const size_t n = std::min(kWidth, c1 - w), wide = n * cut.fold;
         const A* centre = centres + (w - c0);
-        const size_t at = u.row * shape.channels + w;
-        std::fill_n(grads, n, A{});
-        std::fill_n(products, n, A{});
-        size_t r = 0;
-        const auto add = [&](auto rows) {
-          for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-            Vector<A> grad_sum{}, product_sum{};
+        const size_t block = u.row * shape.channels + w;
+        std::fill_n(grads, wide, A{});
+        std::fill_n(products, wide, A{});
+        const auto add = [&](auto rows, size_t width, size_t start, size_t stride) FASTNORM_INLINE_LAMBDA {
+          for_columns<A>(width, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+            Vector<A> grad_sum = how.load(grads + c), product_sum = how.load(products + c);
             const Vector<A> middle = how.load(centre + c);
             for (size_t j = 0; j < rows; ++j) {
-              const size_t place = at + (r + j) * shape.channels + c;
-              const Vector<A> grad = how.load(dy + place);
+              const size_t at = start + j * stride + c;
+              const Vector<A> grad = how.load(dy + at);
               grad_sum += grad;
-              product_sum += grad * (how.load(x + place) - middle);
+              product_sum = mul_add(grad, how.load(x + at) - middle, product_sum);
             }
-            put(grads + c, how.load(grads + c) + grad_sum, how);
-            put(products + c, how.load(products + c) + product_sum, how);
+            put(grads + c, grad_sum, how);
+            put(products + c, product_sum, how);
           });
         };
-        for (; r + 4 <= u.rows; r += 4) add(std::integral_constant<size_t, 4>{});
-        for (; r < u.rows; ++r) add(std::integral_constant<size_t, 1>{});
-        for (size_t c = 0; c < n; ++c) {
-          sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
-          sum_dyx[w - c0 + c] += static_cast<double>(products[c]);
-        }
+        constexpr std::integral_constant<size_t, 4> four;
+        constexpr std::integral_constant<size_t, 1> one;
+        const size_t folded = u.rows / cut.fold, stride = shape.channels * cut.fold;
+        size_t r = 0;
+        for (; r + 4 <= folded; r += 4) add(four, wide, block + r * stride, stride);
+        for (; r < folded; ++r) add(one, wide, block + r * stride, stride);
+        for (r = folded * cut.fold; r < u.rows; ++r) add(one, n, block + r * shape.channels, shape.channels);
+        for (size_t j = 0; j < cut.fold; ++j)
+          for (size_t c = 0; c < n; ++c) {
+            sum_dy[w - c0 + c] += static_cast<double>(grads[j * n + c]);
+            sum_dyx[w - c0 + c] += static_cast<double>(products[j * n + c]);
+          }
       }
     }
+  }
+
+  // run(offset, n) for group g's rows of channels [c0, c1), `fold` rows at a time.
+  template <class F>
+  FASTNORM_INLINE void over_rows(size_t g, size_t c0, size_t c1, const F& run) const {
+    const size_t last = last_row(g);
+    for (size_t r = first_row(g); r < last; r += cut.fold)
+      run(r * shape.channels + c0, (c1 - c0) * std::min(cut.fold, last - r));
+  }
+
+  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
+             size_t ahead) const {
+    Writer<T> writer(past_cache);
+    over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
+      writer.run(y + at, n, Ahead<T, 1>{{x + at + ahead}}, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+        return mul_add(how.load(x + at + c) - how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c));
+      });
+    });
   }
 
   void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
                       bool past_cache, size_t ahead) const {
     Writer<T> writer(past_cache);
-    const size_t last = std::min(shape.outer, last_unit(cut, g) * cut.rows);
-    for (size_t r = first_unit(cut, g) * cut.rows; r < last; ++r) {
-      const size_t at = r * shape.channels + c0;
-      writer.run(dx + at, c1 - c0, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
+    over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
+      writer.run(dx + at, n, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
                  [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
                    const Vector<A> centred = how.load(x + at + c) - how.load(k.centre + c);
                    return how.load(k.scale + c) *
-                          ((how.load(dy + at + c) - how.load(k.shift + c)) - centred * how.load(k.slope + c));
+                          mul_add(centred, how.load(k.descent + c), how.load(dy + at + c) - how.load(k.shift + c));
                  });
-    }
+    });
   }
 };
 
@@ -402,6 +436,9 @@ struct ChannelCall {
   // Partial results of all groups, two doubles a channel, then four coefficients a channel, then what the
   // geometry needs for itself: per worker.
   size_t partial_doubles() const { return 2 * groups() * plan.slab; }
+  // Coefficients of a slab: four arrays of a value for each channel, repeated for the fold.
+  size_t coefficients() const { return 4 * plan.slab * geometry.cut.fold; }
+  void repeat(A* values, size_t n) const { Columns<T>::repeat(values, n, geometry.cut.fold); }
   static constexpr size_t geometry_workspace() {
     if constexpr (std::is_same_v<Geometry, Columns<T>>) return Geometry::kWorkspace;
     return 0;
@@ -418,7 +455,8 @@ struct ChannelCall {
   // Slabs start where lines of the output start, if all rows are aligned alike: the first one is narrower.
   size_t first_slab() const {
     const size_t line = kLineBytes / sizeof(T);
-    if (out == nullptr || geometry.shape.inner > 1 || channels() % line != 0 || plan.slab < 2 * line) return plan.slab;
+    const bool alike = geometry.shape.inner == 1 && channels() % line == 0;
+    if (out == nullptr || !alike || plan.slab >= channels() || plan.slab < 2 * line) return plan.slab;
     return plan.slab - reinterpret_cast<std::uintptr_t>(out) % kLineBytes / sizeof(T);
   }
   size_t slabs() const {
@@ -432,7 +470,8 @@ struct ChannelCall {
     s.c1 = std::min(channels(), first_slab() + index * plan.slab);
     s.first = partials;
     s.second = partials + groups() * plan.slab;
-    s.k = {coefficients, coefficients + plan.slab, coefficients + 2 * plan.slab, coefficients + 3 * plan.slab};
+    const size_t room = plan.slab * geometry.cut.fold;
+    s.k = {coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
     s.ahead = last ? 0 : s.width() * geometry.shape.inner;
     return s;
   }
@@ -465,6 +504,7 @@ struct ChannelCall {
   void apply(const Slab& s, Loop loop) const {
     forward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr,
                          beta ? beta + s.c0 : nullptr);
+    for (A* values : {s.k.centre, s.k.scale, s.k.shift}) repeat(values, s.width());
     loop(groups(),
          [&](size_t i, int) { geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead); });
   }
@@ -473,6 +513,7 @@ struct ChannelCall {
   void reduce(const Slab& s, Loop loop, A* workspace) const {
     const size_t width = s.width();
     for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(mean[s.c0 + c]);
+    repeat(s.k.centre, width);
     loop(groups(), [&](size_t g, int worker) {
       geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
                       workspace + static_cast<size_t>(worker) * geometry_workspace());
@@ -493,6 +534,7 @@ struct ChannelCall {
   void backward_apply(const Slab& s, Loop loop) const {
     backward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr, sum_dy + s.c0,
                           sum_dy_xhat + s.c0, divisor);
+    for (A* values : {s.k.centre, s.k.scale, s.k.shift, s.k.descent}) repeat(values, s.width());
     loop(groups(), [&](size_t i, int) {
       geometry.backward_apply(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
     });
@@ -505,8 +547,8 @@ struct ChannelCall {
     const size_t workers = static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
     Workspace<double> partials(sets * partial_doubles());
-    Workspace<A> rest(sets * 4 * plan.slab + workers * geometry_workspace());
-    A* workspace = rest.data() + sets * 4 * plan.slab;
+    Workspace<A> rest(sets * coefficients() + workers * geometry_workspace());
+    A* workspace = rest.data() + sets * coefficients();
     if (plan.team) {
       for (size_t i = 0; i < slabs; ++i)
         passes(slab_at(i, i + 1 == slabs, partials.data(), rest.data()), ParallelLoop{}, workspace);
@@ -516,7 +558,7 @@ struct ChannelCall {
     const auto some = [&](size_t task, int worker) {
       const size_t w = static_cast<size_t>(worker), end = std::min(slabs, (task + 1) * per_task);
       for (size_t i = task * per_task; i < end; ++i)
-        passes(slab_at(i, i + 1 == end, partials.data() + w * partial_doubles(), rest.data() + w * 4 * plan.slab),
+        passes(slab_at(i, i + 1 == end, partials.data() + w * partial_doubles(), rest.data() + w * coefficients()),
                SerialLoop{worker}, workspace);
     };
     const size_t tasks = (slabs + per_task - 1) / per_task;

@@ -55,7 +55,7 @@ FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, si
     const T* run = x + r * stride;
     sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
       const Vector<A> d = how.load(run + i, centre) - centre;
-      squares[k] += d * d;
+      squares[k] = mul_add(d, d, squares[k]);
     });
   }
   const double rest = mean - static_cast<double>(centre[0]);

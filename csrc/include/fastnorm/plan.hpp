@@ -19,6 +19,10 @@ Caches caches();
 constexpr std::size_t kChunk = 4096;
 // Rows of such a block where channels lie side by side.
 constexpr std::size_t kChunkRows = 64;
+// Elements that a row should have there: rows of fewer are folded, several treated as one.
+constexpr std::size_t kFoldedRow = 512;
+// Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves.
+constexpr std::size_t kNarrowestSlab = 1024;
 // A channel's elements are cut into at most this many groups: the units of parallel work.
 constexpr std::size_t kMaxGroups = 64;
 
@@ -28,6 +32,7 @@ struct Cut {
   std::size_t rows;       // outer indices a unit
   std::size_t pieces;     // units a row is cut into (1 unless inner is long)
   std::size_t piece;      // inner elements a unit
+  std::size_t fold;       // rows treated as one where channels lie side by side and are few, else 1
   std::size_t units;      // in all
   std::size_t per_group;  // units a group
   std::size_t groups;

@@ -56,8 +56,8 @@ struct Row {
     const Vector<A> centre = broadcast(near), scale = broadcast(static_cast<A>(rstd)),
                     shift = broadcast(static_cast<A>(-(m.mean - static_cast<double>(near)) * rstd));
     writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0 + ahead}}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> xhat = (how.load(x + k0 + i) - centre) * scale + shift;
-      return xhat * how.load(gamma.at(k0 + i)) + how.load(beta.at(k0 + i));
+      const Vector<A> xhat = mul_add(how.load(x + k0 + i) - centre, scale, shift);
+      return mul_add(xhat, how.load(gamma.at(k0 + i)), how.load(beta.at(k0 + i)));
     });
   }
 
@@ -155,10 +155,11 @@ struct Row {
           const Vector<A> grad = how.load(dy + r * cols + k);
           const Vector<A> centred = how.load(x + r * cols + k, centre) - centre;
           beta_sum += grad;
-          gamma_sum += grad * (centred * broadcast(rows[r].rstd) + broadcast(rows[r].shift));
+          const Vector<A> xhat = mul_add(centred, broadcast(rows[r].rstd), broadcast(rows[r].shift));
+          gamma_sum = mul_add(grad, xhat, gamma_sum);
           const Vector<A> g = grad * scale;
           g_sum[r] += g;
-          gx_sum[r] += g * centred;
+          gx_sum[r] = mul_add(g, centred, gx_sum[r]);
         }
         put(dgamma + (k - k0), gamma_sum, how);
         put(dbeta + (k - k0), beta_sum, how);
@@ -187,12 +188,12 @@ struct Row {
     const double n = static_cast<double>(cols);
     const double slope = row.exact_rstd * row.exact_rstd * (sums.gx - row.rest * sums.g) / n;
     const Vector<A> centre = broadcast(row.centre), scale = broadcast(row.rstd),
-                    steep = broadcast(static_cast<A>(slope)),
+                    descent = broadcast(static_cast<A>(-slope)),
                     offset = broadcast(static_cast<A>(sums.g / n - row.rest * slope));
     writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0 + ahead, x + k0 + ahead}},
                [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
                  const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
-                 return scale * ((g - offset) - (how.load(x + k0 + i) - centre) * steep);
+                 return scale * mul_add(how.load(x + k0 + i) - centre, descent, g - offset);
                });
   }
 

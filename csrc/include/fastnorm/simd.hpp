@@ -190,6 +190,24 @@ FASTNORM_INLINE Indices<A> lanes_between(size_t first, size_t last) {
   return (numbers >= static_cast<Index<A>>(first)) & (numbers < static_cast<Index<A>>(last));
 }
 
+// a*b + c, fused where the level can: the only place where contraction happens.
+template <class V>
+FASTNORM_INLINE V mul_add(V a, V b, V c) {
+#if FASTNORM_AVX512
+  if constexpr (std::is_same_v<V, Floats>)
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif FASTNORM_AVX2
+  if constexpr (std::is_same_v<V, Floats>)
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // ---- ends that do not fill a vector ----------------------------------------------------------------
 
 // Lanes [skip, skip + n) from p on, the others from `fill`. Masked, not through memory: a load from a spot just
