@@ -15,7 +15,7 @@ from fastnorm.bench.variants import variants
 
 SIZE, QUICK_SIZE = 256, 32
 LIMIT, QUICK_LIMIT = 70.0, 15.0
-"""Seconds that it should take; on a slow machine as long as checks and two rounds take."""
+"""Seconds that it should take; on a slow machine as long as checks and three rounds take."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,8 +21,8 @@ class Timing(NamedTuple):
         return cls(min(seconds), statistics.median(seconds), len(seconds))
 
 
-LONG, BRIEF = 2.0, 0.5
-"""Seconds: of a call that one round tells enough about; that every call is worth."""
+BRIEF = 0.5
+"""Seconds that every call is worth."""
 
 
 def interleaved(
@@ -31,10 +31,10 @@ def interleaved(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the calls in turns, so that a disturbance of the machine hits all of them alike.
 
-    Every call gets `least` rounds (one if that takes LONG), and a fast one as many as fill BRIEF seconds. After
-    that it takes part while all of the calls at its pace would fit what is left of `budget` (seconds, all calls
-    together): slow ones drop out first, fast ones go on, up to `most` rounds. A result is dropped before the
-    next call, outside of what is timed.
+    Every call gets `least` rounds, and a fast one as many as fill BRIEF seconds. After that it takes part while
+    all of the calls at its pace would fit what is left of `budget` (seconds, all calls together): slow ones
+    drop out first, fast ones go on, up to `most` rounds. A result is dropped before the next call, outside of
+    what is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     left = budget
@@ -45,10 +45,7 @@ def interleaved(
             playing = [
                 name
                 for name, own in seconds.items()
-                if not own
-                or min(own) * len(calls) < left
-                or (turn < least and own[0] < LONG)
-                or sum(own) + min(own) < BRIEF
+                if turn < least or min(own) * len(calls) < left or sum(own) + min(own) < BRIEF
             ]
             for name in playing:
                 tick(name)
