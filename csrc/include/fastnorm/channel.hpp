@@ -448,7 +448,7 @@ struct ChannelCall {
     size_t c0, c1;
     double *first, *second;  // [groups][width]
     Coefficients<A> k;
-    size_t ahead;  // elements to the next slab of the same worker, 0 if there is none
+    size_t ahead;  // elements to the next slab of the same worker
     size_t width() const { return c1 - c0; }
   };
 
@@ -472,7 +472,7 @@ struct ChannelCall {
     s.second = partials + groups() * plan.slab;
     const size_t room = plan.slab * geometry.cut.fold;
     s.k = {coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
-    s.ahead = last ? 0 : s.width() * geometry.shape.inner;
+    s.ahead = last ? kReadAhead : s.width() * geometry.shape.inner;
     return s;
   }
 

@@ -48,7 +48,6 @@ struct Row {
 
   // ---- forward ----
 
-  // `ahead` is the distance in elements to what the worker reads next, 0 if there is nothing.
   FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, const Moments& m,
                                     double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
     const double rstd = rstd_of(variance(m), eps);
@@ -88,7 +87,7 @@ struct Row {
           const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
           Writer<T> writer(past_cache);
           apply(writer, x + row * shape.cols, y + row * shape.cols, k0, std::min(shape.cols, k0 + per_group), m, eps,
-                gamma, beta, row + 1 < shape.rows ? shape.cols : 0);
+                gamma, beta, row + 1 < shape.rows ? shape.cols : kReadAhead);
         });
       }
       return;
@@ -100,7 +99,7 @@ struct Row {
         for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
         keep(row, m);
         apply(writer, x + row * shape.cols, y + row * shape.cols, 0, shape.cols, m, eps, gamma, beta,
-              row + 1 < last ? shape.cols : 0);
+              row + 1 < last ? shape.cols : kReadAhead);
       }
     });
   }
@@ -218,7 +217,7 @@ struct Row {
         const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
         for (size_t r = 0; r < done; ++r)
           write_dx(writer, dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r],
-                   gamma, row + done < last ? done * cols : 0);
+                   gamma, row + done < last ? done * cols : kReadAhead);
         row += done;
       }
     };
@@ -293,7 +292,7 @@ struct Row {
         Writer<T> writer(past_cache);
         for (size_t r = n; r-- > 0;) {
           const size_t at = (first + r) * cols;
-          write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, 0);
+          write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, kReadAhead);
         }
       });
     }

@@ -295,6 +295,11 @@ struct Part {
 
 // Lines of inputs to fetch while an output is written: those that the next slab or row will read. A store
 // past the cache leaves the load ports idle; reading ahead meanwhile hides the next first pass.
+//
+// `ahead` is that distance in elements; kReadAhead, in the stream itself, where no next slab is known. (Fetching
+// the line just being read instead took a (40000, 512) apply from 3.7 to 5.7 ms.)
+constexpr size_t kReadAhead = 1024;
+
 template <class T, int count>
 struct Ahead {
   const T* from[count];
