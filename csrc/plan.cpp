@@ -48,7 +48,7 @@ Cut cut_channels(ChannelShape shape) {
   Cut cut{};
   cut.fold = 1;
   if (shape.inner == 1) {
-    cut.fold = std::max<std::size_t>(1, kFoldedRow / shape.channels);
+    cut.fold = std::clamp<std::size_t>(kFoldedRow / shape.channels, 1, shape.outer);
     cut.rows = std::min(cut.fold > 1 ? kChunkRows / 2 * cut.fold : kChunkRows, shape.outer);
     cut.pieces = 1;
     cut.piece = 1;

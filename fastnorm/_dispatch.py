@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from types import TracebackType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from fastnorm import _threads
 from fastnorm.backends import KernelTable
@@ -45,7 +45,7 @@ def _load(name: str) -> KernelTable | None:
         return None
     module_name = _MODULES[name]
     try:
-        table = cast(KernelTable, importlib.import_module(module_name))
+        table: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         _refused[name] = (
@@ -56,6 +56,10 @@ def _load(name: str) -> KernelTable | None:
         return None
     except ImportError as error:
         _refused[name] = str(error)
+        return None
+    if not isinstance(table, KernelTable):
+        lacking = [kernel for kernel in vars(KernelTable) if kernel[0] != "_" and not hasattr(table, kernel)]
+        _refused[name] = f"{module_name} lacks {', '.join(lacking)}"
         return None
     _loaded[name] = table
     _threads.subscribe(table.set_num_threads)

@@ -218,10 +218,7 @@ def buffers(
     work = out
     view = _view(work, dtype, view_of, axes)
     if view is None:
-        work = np.empty_like(x, dtype=dtype, subok=False)
-        view = _view(work, dtype, view_of, axes)
-        if view is None:  # rows of a Fortran-ordered array, say
-            work, view = _packed_empty(x.shape, dtype, view_of, axes)
+        work, view = _dense_like(x, dtype, view_of, axes)
     ready: list[Array] = []
     work_taken = False
     for array in inputs:
@@ -240,7 +237,7 @@ def readable(inputs: tuple[Array, ...], dtype: np.dtype[Any], view_of: ViewOf, a
     x = inputs[-1]
     view = _view(x, dtype, view_of, axes)
     if view is None:
-        packed, view = _packed_empty(x.shape, dtype, view_of, axes)
+        packed, view = _dense_like(x, dtype, view_of, axes)
         np.copyto(packed, x, casting="unsafe")
         x = packed
     ready: list[Array] = []
@@ -254,13 +251,18 @@ def readable(inputs: tuple[Array, ...], dtype: np.dtype[Any], view_of: ViewOf, a
     return view, (*ready, x)
 
 
-def _packed_empty(shape: tuple[int, ...], dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> tuple[Array, View]:
-    """An array of this shape whose memory has the given axes last, in index order."""
-    order = [axis for axis in range(len(shape)) if axis not in axes] + list(axes)
-    packed = np.empty([shape[axis] for axis in order], dtype).transpose(np.argsort(order))
-    view = view_of(packed.shape, packed.strides, packed.itemsize, axes)
-    assert view is not None
-    return packed, view
+def _dense_like(x: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> tuple[Array, View]:
+    """An empty array for x's values that a kernel can address: in x's order of axes, or, where that does not
+    serve (rows of a Fortran-ordered array, say), with the given axes last."""
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    for candidate in (order, [*(axis for axis in range(x.ndim) if axis not in axes), *axes]):
+        lengths = [x.shape[axis] for axis in candidate]
+        strides = [math.prod(lengths[position + 1 :]) * dtype.itemsize for position in range(x.ndim)]
+        back = [candidate.index(axis) for axis in range(x.ndim)]
+        view = view_of(x.shape, tuple(strides[position] for position in back), dtype.itemsize, axes)
+        if view is not None:
+            return np.empty(lengths, dtype).transpose(back), view
+    raise AssertionError("the given axes last are always adjacent")
 
 
 def deliver(plan: Buffers) -> Array:

@@ -198,7 +198,9 @@ def store_running(
 def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
     if running is None:
         return ((1.0 - momentum) * batch).astype(dtype)
-    mixed = momentum * running.reshape(-1).astype(np.float64) + (1.0 - momentum) * batch
+    mixed = running.astype(np.float64).reshape(-1)
+    mixed *= momentum
+    mixed += (1.0 - momentum) * batch
     kept = dtype if running.dtype.kind in "biu" else running.dtype
     return mixed.astype(kept).reshape(running.shape)
 

@@ -16,16 +16,19 @@ from fastnorm.backends import Array, flat
 
 BLOCK = 1 << 17
 """Elements a block: its float64 copy is 1 MB."""
+RUN = 512
+"""Elements side by side in memory that a block takes at least."""
 
 
 def _blocks(outer: int, channels: int, inner: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices that cut (outer, channels, inner) into blocks of at most BLOCK elements.
 
-    Whole channels first, then pieces of outer, then pieces of inner: the order of merging, given by the
-    sizes alone.
+    The order of merging, given by the sizes alone. Rows of a block are at least RUN elements of memory where
+    the array has that many: shorter ones cost a page and a line each, 3 to 7 times the time of channels-last.
     """
     inner_step = min(inner, BLOCK)
-    outer_step = min(outer, max(1, BLOCK // inner_step))
+    run = min(channels, max(1, RUN // inner_step))
+    outer_step = min(outer, max(1, BLOCK // (inner_step * run)))
     channel_step = min(channels, max(1, BLOCK // (inner_step * outer_step)))
     for c in range(0, channels, channel_step):
         for o in range(0, outer, outer_step):

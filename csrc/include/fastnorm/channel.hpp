@@ -412,8 +412,9 @@ struct ParallelLoop {
   }
 };
 
-// Elements below which waking threads costs more than it saves.
-constexpr size_t kSerial = 1 << 15;
+// Elements below which waking threads costs more than it saves: a parallel region takes 3 us, a core goes over
+// this many float32 in 10.
+constexpr size_t kSerial = 1 << 16;
 
 // One channel-family call: which of the four passes run, on what.
 template <class Geometry, class T>
