@@ -20,7 +20,7 @@ def run(code: str, *arguments: str, check: bool = True, timeout: float = 120, **
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTNORM_")}
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-P", "-c", code, *arguments],
         env={**inherited, "PYTHONPATH": path, **environment},
         capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import tracemalloc
 
@@ -22,13 +21,11 @@ ROOM = 0.3
 
 def _arrays(call, unit):
     """(result, arrays it holds, arrays at the peak) of a call, as multiples of `unit` bytes."""
-    gc.collect()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         result = call()
-        gc.collect()
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
