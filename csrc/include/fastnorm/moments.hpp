@@ -36,11 +36,10 @@ FASTNORM_INLINE double rstd_of(double var, double eps) {
   return total == 0.0 ? 0.0 : 1.0 / std::sqrt(total);
 }
 
-// `runs` runs of `length` elements, `stride` elements apart.
+// The two passes over a block: `runs` runs of `length` elements, `stride` elements apart.
 template <class T>
-FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
+FASTNORM_INLINE double block_mean(const T* x, size_t runs, size_t stride, size_t length) {
   using A = Acc<T>;
-  const double n = static_cast<double>(runs * length);
   const Vector<A> pivot = broadcast<A>(load_part(x, 1, Vector<A>{})[0]);
   Vector<A> sums[4] = {};
   for (size_t r = 0; r < runs; ++r) {
@@ -48,7 +47,12 @@ FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, si
     sum_run<A>(length,
                [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA { sums[k] += how.load(run + i, pivot) - pivot; });
   }
-  const double mean = static_cast<double>(pivot[0]) + total<A>(combined(sums)) / n;
+  return static_cast<double>(pivot[0]) + total<A>(combined(sums)) / static_cast<double>(runs * length);
+}
+
+template <class T>
+FASTNORM_INLINE double block_m2(const T* x, size_t runs, size_t stride, size_t length, double mean) {
+  using A = Acc<T>;
   const Vector<A> centre = broadcast(static_cast<A>(mean));
   Vector<A> squares[4] = {};
   for (size_t r = 0; r < runs; ++r) {
@@ -59,8 +63,14 @@ FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, si
     });
   }
   const double rest = mean - static_cast<double>(centre[0]);
-  const double m2 = total<A>(combined(squares)) - n * rest * rest;
-  return {n, mean, m2 < 0.0 ? 0.0 : m2};
+  const double m2 = total<A>(combined(squares)) - static_cast<double>(runs * length) * rest * rest;
+  return m2 < 0.0 ? 0.0 : m2;
+}
+
+template <class T>
+FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
+  const double mean = block_mean(x, runs, stride, length);
+  return {static_cast<double>(runs * length), mean, block_m2(x, runs, stride, length, mean)};
 }
 
 }  // namespace fastnorm::FASTNORM_LEVEL

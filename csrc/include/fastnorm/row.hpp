@@ -36,6 +36,8 @@ struct Row {
 
   // Columns beyond which a row's sums are cut up for the backward, and threads share rows.
   static constexpr size_t kLongRow = 16384;
+  // Bytes of rows that go through the passes of the forward together: half of a first-level cache.
+  static constexpr size_t kTogether = size_t{16} << 10;
   // Bytes of rows that one task of the forward takes.
   static constexpr size_t kRowBlock = size_t{1} << 20;
   // Rows whose column sums are accumulated in the accumulation dtype before they go to double.
@@ -48,12 +50,12 @@ struct Row {
 
   // ---- forward ----
 
-  FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, const Moments& m,
+  FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, double mean, double var,
                                     double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
-    const double rstd = rstd_of(variance(m), eps);
-    const A near = static_cast<A>(m.mean);
+    const double rstd = rstd_of(var, eps);
+    const A near = static_cast<A>(mean);
     const Vector<A> centre = broadcast(near), scale = broadcast(static_cast<A>(rstd)),
-                    shift = broadcast(static_cast<A>(-(m.mean - static_cast<double>(near)) * rstd));
+                    shift = broadcast(static_cast<A>(-(mean - static_cast<double>(near)) * rstd));
     writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0 + ahead}}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> xhat = mul_add(how.load(x + k0 + i) - centre, scale, shift);
       return mul_add(xhat, how.load(gamma.at(k0 + i)), how.load(beta.at(k0 + i)));
@@ -86,22 +88,43 @@ struct Row {
         parallel_for(groups, [&](size_t i, int) {
           const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
           Writer<T> writer(past_cache);
-          apply(writer, x + row * shape.cols, y + row * shape.cols, k0, std::min(shape.cols, k0 + per_group), m, eps,
-                gamma, beta, row + 1 < shape.rows ? shape.cols : kReadAhead);
+          apply(writer, x + row * shape.cols, y + row * shape.cols, k0, std::min(shape.cols, k0 + per_group), m.mean,
+                var[row], eps, gamma, beta, row + 1 < shape.rows ? shape.cols : kReadAhead);
         });
       }
       return;
     }
     over_rows(shape, [&](size_t first, size_t last) {
       Writer<T> writer(past_cache);
+      if (runs.cut.units == 1) {
+        short_rows_forward(writer, x, shape.cols, first, last, gamma, beta, eps, y, mean, var);
+        return;
+      }
       for (size_t row = first; row < last; ++row) {
         Moments m{};
         for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
         keep(row, m);
-        apply(writer, x + row * shape.cols, y + row * shape.cols, 0, shape.cols, m, eps, gamma, beta,
+        apply(writer, x + row * shape.cols, y + row * shape.cols, 0, shape.cols, m.mean, var[row], eps, gamma, beta,
               row + 1 < last ? shape.cols : kReadAhead);
       }
     });
+  }
+
+  // Rows of one block each, some at a time: the sum of a vector's lanes, a division, a square root are each a
+  // long wait, which the next row's loads fill only if they do not depend on it.
+  static void short_rows_forward(Writer<T>& writer, const T* x, size_t cols, size_t first, size_t last,
+                                 const Parameter<A>& gamma, const Parameter<A>& beta, double eps, T* y, double* mean,
+                                 double* var) {
+    const size_t together = std::clamp<size_t>(kTogether / (cols * sizeof(T)), 1, 8);
+    for (size_t begin = first; begin < last; begin += together) {
+      const size_t end = std::min(last, begin + together);
+      for (size_t row = begin; row < end; ++row) mean[row] = block_mean(x + row * cols, 1, cols, cols);
+      for (size_t row = begin; row < end; ++row)
+        var[row] = block_m2(x + row * cols, 1, cols, cols, mean[row]) / static_cast<double>(cols);
+      for (size_t row = begin; row < end; ++row)
+        apply(writer, x + row * cols, y + row * cols, 0, cols, mean[row], var[row], eps, gamma, beta,
+              begin + together < last ? together * cols : kReadAhead);
+    }
   }
 
   // task(first, last) for blocks of rows, in parallel.

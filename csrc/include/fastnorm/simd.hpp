@@ -392,7 +392,12 @@ FASTNORM_INLINE void sum_run(size_t n, const F& add) {
     add(i + 2 * lanes, Whole{}, 2);
     add(i + 3 * lanes, Whole{}, 3);
   }
-  for (int k = 0; i + lanes <= n; i += lanes, ++k) add(i, Whole{}, k);
+  // Spelled out, so that accumulators are registers.
+  const size_t whole = (n - i) / lanes;
+  if (whole > 0) add(i, Whole{}, 0);
+  if (whole > 1) add(i + lanes, Whole{}, 1);
+  if (whole > 2) add(i + 2 * lanes, Whole{}, 2);
+  i += whole * lanes;
   if (i < n) add(i, Part{n - i}, 3);
 }
 
