@@ -19,6 +19,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -P -m mypy.stubtest fastnorm._core
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp')
 
 # pytest-benchmark: staged, alt and fused, by backend, op, shape and dtype; peers where they are installed.
