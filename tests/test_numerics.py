@@ -39,9 +39,9 @@ def test_the_error_does_not_grow_with_mean_over_spread(op, shape, dtype, ratio, 
 @ops
 def test_means_that_differ_between_blocks(op, drift, backend, rng):
     """Blocks merged by Chan's rule must not lose the distance between their means."""
-    shape = (3, 40000) if op == "layernorm" else (40000, 3)
+    shape = (3, 200_000) if op == "layernorm" else (200_000, 3)
     this = case(op, shape)
-    along = np.linspace(0, drift, 40000).reshape((1, -1) if op == "layernorm" else (-1, 1))
+    along = np.linspace(0, drift, 200_000).reshape((1, -1) if op == "layernorm" else (-1, 1))
     inputs = this.inputs()._replace(x=(along + rng.standard_normal(shape)).astype(np.float32))
     check_all(truth(this, *inputs), fused(this, inputs, backend))
 
@@ -70,6 +70,8 @@ def test_constants_give_exactly_beta(op, dtype, shape, eps, backend):
     np.testing.assert_array_equal(results["y"], np.broadcast_to(beta.reshape(parameters).astype(stored), this.shape))
     np.testing.assert_array_equal(results["dgamma"], np.zeros_like(gamma))
     assert np.isfinite(results["dx"].astype(np.float64)).all()
+    if eps == 0.0:  # rstd counts as 0 then
+        np.testing.assert_array_equal(results["dx"], np.zeros(this.shape))
     found = fastnorm.moments(x, this.reduced_axes, backend=backend)
     np.testing.assert_array_equal(found.mean.reshape(-1), constants.astype(np.float64))
     np.testing.assert_array_equal(found.var, np.zeros_like(found.var))

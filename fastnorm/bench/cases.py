@@ -179,17 +179,17 @@ class Case:
         gamma and beta lie around 1 and 0. Parameters are float32, float64 for float64 x.
         """
         dtype = dtype_of(self.dtype)
-        parameters = np.float64 if self.dtype == "float64" else np.float32
+        wide = np.dtype(np.float64 if self.dtype == "float64" else np.float32)  # float64 with all of its digits
         rng = np.random.default_rng([seed, *self.shape])
         statistic_shape = [n if axis in self.kept_axes else 1 for axis, n in enumerate(self.shape)]
-        means = (offset * rng.standard_normal(statistic_shape)).astype(np.float32)
-        spreads = rng.uniform(0.5, 2.0, statistic_shape).astype(np.float32)
-        x = self._in_layout(rng)
+        means = (offset * rng.standard_normal(statistic_shape)).astype(wide)
+        spreads = rng.uniform(0.5, 2.0, statistic_shape).astype(wide)
+        x = self._in_layout(rng, wide)
         x *= spreads
         x += means
-        gamma = (1.0 + 0.25 * rng.standard_normal(self.parameter_shape)).astype(parameters)
-        beta = (0.5 * rng.standard_normal(self.parameter_shape)).astype(parameters)
-        return Inputs(x.astype(dtype, copy=False), gamma, beta, self._in_layout(rng).astype(dtype, copy=False))
+        gamma = (1.0 + 0.25 * rng.standard_normal(self.parameter_shape)).astype(wide)
+        beta = (0.5 * rng.standard_normal(self.parameter_shape)).astype(wide)
+        return Inputs(x.astype(dtype, copy=False), gamma, beta, self._in_layout(rng, wide).astype(dtype, copy=False))
 
     def empty(self, dtype: np.dtype[Any] | None = None) -> Array:
         """An output for this case, in x's layout, its pages already there; of x's dtype unless one is given."""
@@ -197,8 +197,8 @@ class Case:
         array.fill(0)
         return array
 
-    def _in_layout(self, rng: np.random.Generator) -> Array:
-        return self._arranged(_normal(rng, self.size))
+    def _in_layout(self, rng: np.random.Generator, dtype: np.dtype[Any]) -> Array:
+        return self._arranged(_normal(rng, self.size, dtype))
 
     def _arranged(self, values: Array) -> Array:
         """1-D values as an array of this shape and layout over the same memory."""
@@ -219,14 +219,14 @@ def dtype_of(name: str) -> np.dtype[Any]:
 _CHUNK = 1 << 20
 
 
-def _normal(rng: np.random.Generator, size: int) -> Array:
-    """Standard normal float32, drawn in chunks with streams of their own so that threads can share it."""
-    values = np.empty(size, np.float32)
+def _normal(rng: np.random.Generator, size: int, dtype: np.dtype[Any]) -> Array:
+    """Standard normal values, drawn in chunks with streams of their own so that threads can share it."""
+    values = np.empty(size, dtype)
     chunks = [values[start : start + _CHUNK] for start in range(0, size, _CHUNK)]
     if len(chunks) == 1:
-        return rng.standard_normal(out=values, dtype=np.float32)
+        return rng.standard_normal(out=values, dtype=dtype)
     with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda pair: pair[0].standard_normal(out=pair[1], dtype=np.float32),
+        list(pool.map(lambda pair: pair[0].standard_normal(out=pair[1], dtype=dtype),
                       zip(rng.spawn(len(chunks)), chunks, strict=True)))  # fmt: skip
     return values
 
