@@ -84,19 +84,16 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   if (!folded && in_l2 >= (columns ? kNarrowestSlab / itemsize : 1)) {
     plan.slab = std::min(in_l2, ceil_div(shape.channels, workers));
     if (columns) plan.slab = ceil_div(plan.slab, line) * line;
-    plan.fits = true;
     return plan;
   }
   // One channel a thread in its share of L3.
   if (!columns && shape.channels >= 4 * workers && channel_bytes <= caches().l3 / 2 / workers) {
     plan.slab = 1;
-    plan.fits = true;
     return plan;
   }
   // All threads on everything at once, or on one channel of runs. What of it fits L3 need not be read again.
   plan.team = true;
   plan.slab = columns ? shape.channels : 1;
-  plan.fits = plan.slab * channel_bytes <= caches().l3 / 2;
   return plan;
 }
 

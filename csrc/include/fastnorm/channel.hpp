@@ -589,7 +589,7 @@ struct Channel {
                    const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, double divisor, T* out,
                    Passes passes) {
     const bool small = shape.outer * shape.channels * shape.inner < kSerial;
-    const ChannelPlan plan = small ? ChannelPlan{shape.channels, false, false, true}
+    const ChannelPlan plan = small ? ChannelPlan{shape.channels, false, false}
                                    : plan_channels(shape, sizeof(T), arrays, num_threads());
     with_geometry<T>(shape, [&](auto geometry) {
       const ChannelCall<decltype(geometry), T> call{

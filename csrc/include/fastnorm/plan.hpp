@@ -44,7 +44,6 @@ struct ChannelPlan {
   std::size_t slab;  // channels whose second pass should find their data in cache
   bool team;         // all threads on one slab, split by groups; else a slab a thread
   bool stream;       // stores bypass the cache
-  bool fits;         // whether the slab is small enough for the second pass to hit the cache
 };
 
 // `arrays` is the number of arrays read: 1 forward, 2 backward.
