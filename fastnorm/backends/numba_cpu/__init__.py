@@ -32,9 +32,12 @@ SHORT_RUN = 64
 """Runs shorter than this are worked on as columns: they would hardly fill a loop over vectors."""
 SLAB = 1 << 18
 """Bytes of a group of channels of short runs that one task takes: a quarter of L2."""
-LARGEST_SLAB = 1 << 20
-"""Bytes of one channel or block of columns that are worth keeping for a second pass: an L2. On blocks of
-2 MB and more one pass took as long as two, up to 1.2 times as long."""
+LARGEST_SLAB = 1 << 22
+"""Bytes of one channel or row that are worth keeping for a second pass: a share of L3."""
+LARGEST_BLOCK = 1 << 20
+"""The same for a block of columns, whose pieces lie far apart: on 2 MB and more one pass took as long as two."""
+LARGE = 1 << 24
+"""Bytes of an array from which a second pass finds little of it in L3."""
 LONG_ROW, FEW_ROWS = 1 << 16, 16
 
 
@@ -70,9 +73,15 @@ def _by_columns(outer: int, inner: int) -> bool:
     return inner < SHORT_RUN and outer >= 8
 
 
-def _in_cache(elements: Array, tasks: int) -> bool:
+def _in_one_pass(elements: Array, tasks: int) -> bool:
     """Whether `tasks` equal shares of an array each fit the cache and occupy all threads."""
     return elements.nbytes <= LARGEST_SLAB * tasks and (tasks >= 2 * threads() or elements.nbytes < SLAB)
+
+
+def _blocks_in_one_pass(elements: Array, channels: int, inner: int) -> bool:
+    """The same for blocks of columns. An array that L3 holds takes as long in two passes, which compile sooner."""
+    blocks = _columns.blocks(channels, inner)
+    return elements.nbytes >= LARGE and elements.nbytes <= LARGEST_BLOCK * blocks and blocks >= 2 * threads()
 
 
 def _group(elements: Array, channels: int) -> int:
@@ -104,12 +113,12 @@ def channel_forward(
     sizes = outer, channels, inner
     gamma, beta = _parameter(gamma, x, 1.0, channels), _parameter(beta, x, 0.0, channels)
     if _by_columns(outer, inner):
-        if _in_cache(x, _columns.blocks(channels, inner)):
+        if _blocks_in_one_pass(x, channels, inner):
             _columns.forward(x.size, x, *sizes, gamma, beta, eps, y, mean, var)
         else:
             _columns.moments(x.size, x, *sizes, mean, var)
             _columns.apply(x.size, x, *sizes, mean, var, eps, gamma, beta, y)
-    elif _in_cache(x, channels):
+    elif _in_one_pass(x, channels):
         _runs.forward(x.size, x, *sizes, _group(x, channels), gamma, beta, eps, y, mean, var)
     else:
         _runs.moments(x.size, x, *sizes, mean, var)
@@ -150,7 +159,7 @@ def channel_backward(
     gamma = _parameter(gamma, x, 1.0, channels)
     by_columns = _by_columns(outer, inner)
     way: Any = _columns if by_columns else _runs
-    if not _in_cache(x, _columns.blocks(channels, inner) if by_columns else channels):
+    if not (_blocks_in_one_pass(x, channels, inner) if by_columns else _in_one_pass(x, channels)):
         count = float(outer * inner)
         way.backward_reduce(x.size, dy, x, *sizes, mean, var, eps, sum_dy, sum_dy_xhat)
         way.backward_apply(x.size, dy, x, *sizes, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, dx)
@@ -167,8 +176,8 @@ def row_forward(
 ) -> None:  # fmt: skip
     x, y = _storage(x), _storage(y)
     gamma, beta = _parameter(gamma, x, 1.0, cols), _parameter(beta, x, 0.0, cols)
-    if _in_cache(x, rows):
-        _rows.forward(x.size, x, rows, cols, gamma, beta, eps, y, mean, var)
+    if _in_one_pass(x, rows):
+        _rows.forward(x.size, x, 1, rows, cols, gamma, beta, eps, y, mean, var)
     else:
         _runs.moments(x.size, x, 1, rows, cols, mean, var)
         _rows.apply(x.size, x, rows, cols, mean, var, eps, gamma, beta, y)

@@ -75,6 +75,13 @@ def _extent(task, outer, channels, grid):
 
 
 @compiled
+def _section(section, rows, fold):
+    """(first row, folded rows, rows folded into one): section 0 is what fold divides, 1 the rows left over."""
+    folded = rows // fold
+    return (0, folded, fold) if section == 0 else (folded * fold, rows - folded * fold, 1)
+
+
+@compiled
 def _matrix_moments(x, start, stride, rows, columns, mean, squares):
     """Mean and centred squares of each column of a matrix; a chunk's first row is the pivot."""
     total, centre, deviations = workspace(x, columns), workspace(x, columns), workspace(x, columns)
@@ -124,16 +131,14 @@ def _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, begi
         width, columns = channels * inner, group * inner
         into = task // grid[1] * channels + first
         mean, squares = np.empty(columns * fold), np.empty(columns * fold)
-        folded = rows // fold
-        start = row * width + first * inner
-        if folded > 0:
-            _matrix_moments(x, start, width * fold, folded, columns * fold, mean, squares)
-            _merge_columns(mean, squares, folded, 0, inner, group, fold, into, part_mean, part_squares)
-        rest = rows - folded * fold
-        if rest > 0:
-            seen = folded * fold * inner
-            _matrix_moments(x, start + folded * fold * width, width, rest, columns, mean, squares)
-            _merge_columns(mean, squares, rest, seen, inner, group, 1, into, part_mean, part_squares)
+        for section in range(2):
+            above, folded, copies = _section(section, rows, fold)
+            if folded > 0:
+                start = (row + above) * width + first * inner
+                _matrix_moments(x, start, width * copies, folded, columns * copies, mean, squares)
+                _merge_columns(
+                    mean, squares, folded, above * inner, inner, group, copies, into, part_mean, part_squares
+                )
 
 
 @compiled
@@ -184,11 +189,10 @@ def _normalize_parts(x, y, outer, channels, inner, grid, mean, var, eps, gamma, 
                 for i in range(inner):
                     j = (copy * group + channel) * inner + i
                     centre[j], scale[j], shift[j] = line
-        folded = rows // fold
-        start = row * width + first * inner
-        _normalize_matrix(x, y, start, width * fold, folded, columns * fold, centre, scale, shift)
-        rest = (rows - folded * fold) * columns  # adjacent: rows are folded where a block is whole rows
-        _normalize_matrix(x, y, start + folded * fold * width, 0, min(rest, 1), rest, centre, scale, shift)
+        for section in range(2):
+            above, folded, copies = _section(section, rows, fold)
+            start = (row + above) * width + first * inner
+            _normalize_matrix(x, y, start, width * copies, folded, columns * copies, centre, scale, shift)
 
 
 @Kernel
@@ -259,11 +263,10 @@ def _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centr
             for j in range(columns):
                 centre[copy * columns + j] = rounded(x, mean[first + j // inner])
         sum_dy, sum_dy_centred = np.zeros(columns * fold), np.zeros(columns * fold)
-        folded = rows // fold
-        start = row * width + first * inner
-        _matrix_sums(dy, x, start, width * fold, folded, columns * fold, centre, sum_dy, sum_dy_centred)
-        rest = (rows - folded * fold) * columns
-        _matrix_sums(dy, x, start + folded * fold * width, 0, min(rest, 1), rest, centre, sum_dy, sum_dy_centred)
+        for section in range(2):
+            above, folded, copies = _section(section, rows, fold)
+            start = (row + above) * width + first * inner
+            _matrix_sums(dy, x, start, width * copies, folded, columns * copies, centre, sum_dy, sum_dy_centred)
         into = task // grid[1] * channels + first
         for channel in range(group):
             total, centred = 0.0, 0.0
@@ -322,11 +325,10 @@ def _gradient_parts(
                 for i in range(inner):
                     j = (copy * group + channel) * inner + i
                     centre[j], scale[j], lift[j], slope[j] = line
-        folded = rows // fold
-        start = row * width + first * inner
-        _gradient_matrix(dy, x, dx, start, width * fold, folded, columns * fold, centre, scale, lift, slope)
-        rest = (rows - folded * fold) * columns
-        _gradient_matrix(dy, x, dx, start + folded * fold * width, 0, min(rest, 1), rest, centre, scale, lift, slope)
+        for section in range(2):
+            above, folded, copies = _section(section, rows, fold)
+            start = (row + above) * width + first * inner
+            _gradient_matrix(dy, x, dx, start, width * copies, folded, columns * copies, centre, scale, lift, slope)
 
 
 @Kernel

@@ -66,20 +66,21 @@ def batch_rows(cols):
 
 
 @compiled
-def _forward_rows(x, rows, cols, tiles, gamma, beta, eps, y, mean, var, begin, end):
+def _forward_rows(x, outer, rows, cols, tiles, gamma, beta, eps, y, mean, var, begin, end):
     batch = batch_rows(cols)
     for first in range(begin, end, batch):
         last = min(first + batch, end)
         for row in range(first, last):
-            mean[row], var[row] = _runs.channel_moments(x, 1, rows, cols, row, tiles)
+            mean[row], var[row] = _runs.channel_moments(x, outer, rows, cols, row, tiles)
         for row in range(first, last):
             _normalize_row(x, y, row * cols, 0, cols, mean[row], var[row], eps, gamma, beta)
 
 
 @Kernel
-def forward(launcher, x, rows, cols, gamma, beta, eps, y, mean, var):
-    tiles = _runs.tiling(1, cols)
-    for_each(launcher, _forward_rows, (x, rows, cols, tiles, gamma, beta, eps, y, mean, var), rows)
+def forward(launcher, x, outer, rows, cols, gamma, beta, eps, y, mean, var):
+    """outer is 1: not a constant here, which would compile sums of rows apart from those of `_runs.moments`."""
+    tiles = _runs.tiling(outer, cols)
+    for_each(launcher, _forward_rows, (x, outer, rows, cols, tiles, gamma, beta, eps, y, mean, var), rows)
 
 
 @compiled
@@ -125,8 +126,6 @@ def _piece_sums(dy, x, gamma, start, first, last, centre):
 def _row_sums(dy, x, gamma, row, cols, mean):
     """`_piece_sums` of a whole row, piece by piece as `backward_long` adds them up."""
     centre = rounded(x, mean)
-    if cols <= PIECE:
-        return _piece_sums(dy, x, gamma, row * cols, 0, cols, centre)
     sum_g, sum_g_centred = 0.0, 0.0
     for first in range(0, cols, PIECE):
         sums = _piece_sums(dy, x, gamma, row * cols, first, min(first + PIECE, cols), centre)

@@ -113,8 +113,8 @@ def part_moments(x, outer, channels, inner, channel, part, tiles):
 @compiled
 def channel_moments(x, outer, channels, inner, channel, tiles):
     """(mean, var) of a whole channel."""
-    if tiles[4] == 1:
-        mean, squares = part_moments(x, outer, channels, inner, channel, 0, tiles)
+    if tiles[3] == 1:
+        mean, squares = _block_moments(x, channel * inner, channels * inner, outer, inner)
         return mean, squares / (outer * inner)
     seen, mean, squares = 0, 0.0, 0.0
     for part in range(tiles[4]):

@@ -1,0 +1,288 @@
+"""What is particular to the Numba backend: storage as integers, two ways to cut the work, layers, forks, caches."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+numba_cpu = importlib.import_module("fastnorm.backends.numba_cpu")
+formulas = importlib.import_module("fastnorm.backends.numba_formulas")
+columns = importlib.import_module("fastnorm.backends.numba_cpu._columns")
+launch = importlib.import_module("fastnorm.backends.numba_cpu._launch")
+runs = importlib.import_module("fastnorm.backends.numba_cpu._runs")
+reference = importlib.import_module("fastnorm.reference.kernels")
+
+Array = np.ndarray[Any, Any]
+
+
+def bits(*arrays: Array) -> list[bytes]:
+    return [array.tobytes() for array in arrays]
+
+
+# ---- formulas: plain Python, so tested as such -----------------------------------------------------
+
+
+def test_bfloat16_of_every_pattern_of_high_bits() -> None:
+    """Each bfloat16, itself, at its rounding ties and beside them, against ml_dtypes."""
+    high = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    for low in (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        pattern = high | np.uint32(low)
+        with np.errstate(invalid="ignore"):
+            expected = pattern.view(np.float32).astype(ml_dtypes.bfloat16)
+        narrowed = np.array([formulas.narrowed_bfloat16(b) for b in pattern[::7]], np.uint32).astype(np.uint16)
+        got = narrowed.view(ml_dtypes.bfloat16)
+        same = (narrowed == expected[::7].view(np.uint16)) | (np.isnan(got) & np.isnan(expected[::7]))
+        assert same.all()
+
+
+def test_merge_of_nothing_is_exact() -> None:
+    assert formulas.merged_mean(0.0, 1e300, 1.0) == 1e300
+    assert formulas.merged_squares(0.0, 0.0, 1e300, 2.0, 0, 1.0) == 2.0
+
+
+# ---- storage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_every_half_passes_through_unchanged(dtype: Any) -> None:
+    """(x - 0)*1 + 0 gives x back for every bit pattern, through runs and through columns."""
+    x = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    zero, one = np.zeros(1), np.ones(1)
+    for sizes in ((1, 1, x.size), (x.size, 1, 1)):
+        y = np.empty_like(x)
+        numba_cpu.channel_apply(x, *sizes, zero, one, 0.0, None, None, y)
+        number = ~np.isnan(x.astype(np.float32))
+        assert (np.isnan(y.astype(np.float32)) == ~number).all()
+        assert (y[number].astype(np.float32) == x[number].astype(np.float32)).all()
+
+
+def test_read_only_arrays_share_the_compiled_kernel() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 100), dtype=np.float32)
+    y, mean, var = np.empty_like(x), np.empty(5), np.empty(5)
+    gamma = np.full(100, 2.0, np.float32)
+    numba_cpu.row_forward(x, 5, 100, gamma, None, 1e-5, y, mean, var)
+    expected = y.copy()
+    kernel = importlib.import_module("fastnorm.backends.numba_cpu._rows").forward._run
+    before = len(kernel.signatures)
+    x.flags.writeable = gamma.flags.writeable = False
+    numba_cpu.row_forward(x, 5, 100, gamma, None, 1e-5, y, mean, var)
+    assert len(kernel.signatures) == before
+    assert bits(y) == bits(expected)
+
+
+# ---- the ways to cut the work ----------------------------------------------------------------------
+
+SIZES = [(9, 3, 1), (64, 7, 1), (1000, 3, 1), (4099, 17, 1), (300, 600, 1), (50, 40, 49), (3, 5, 127), (2, 3, 40000)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_one_pass_and_two_passes_give_the_same_bits(sizes: tuple[int, int, int]) -> None:
+    outer, channels, inner = sizes
+    rng = np.random.default_rng(1)
+    x, dy = (rng.standard_normal(outer * channels * inner).astype(np.float32) + 3 for _ in range(2))
+    gamma, beta = (rng.standard_normal(channels).astype(np.float32) for _ in range(2))
+    n = x.size
+    for way in (columns, runs):
+        group = () if way is columns else (2,)
+        y, mean, var = np.empty_like(x), np.empty(channels), np.empty(channels)
+        way.forward(n, x, *sizes, *group, gamma, beta, 1e-5, y, mean, var)
+        y2, mean2, var2 = np.empty_like(x), np.empty(channels), np.empty(channels)
+        way.moments(n, x, *sizes, mean2, var2)
+        way.apply(n, x, *sizes, mean2, var2, 1e-5, gamma, beta, y2)
+        assert bits(y, mean, var) == bits(y2, mean2, var2)
+
+        dx, sums = np.empty_like(x), (np.empty(channels), np.empty(channels))
+        way.backward(n, dy, x, *sizes, *group, mean, var, 1e-5, gamma, dx, *sums)
+        dx2, sums2 = np.empty_like(x), (np.empty(channels), np.empty(channels))
+        way.backward_reduce(n, dy, x, *sizes, mean, var, 1e-5, *sums2)
+        way.backward_apply(n, dy, x, *sizes, mean, var, 1e-5, gamma, *sums2, float(outer * inner), dx2)
+        assert bits(dx, *sums) == bits(dx2, *sums2)
+
+        expected = np.empty(channels), np.empty(channels)
+        reference.channel_moments(x, *sizes, *expected)
+        np.testing.assert_allclose(mean, expected[0], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(var, expected[1], rtol=3e-6)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(3, 70000), (16, 65536), (40, 20000)])
+def test_long_rows_in_one_pass_and_in_two(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(2).standard_normal((rows, cols)).astype(np.float32)
+    found = []
+    for largest in (0, 1 << 40):
+        monkeypatch.setattr(numba_cpu, "LARGEST_SLAB", largest)
+        y, mean, var = np.empty_like(x), np.empty(rows), np.empty(rows)
+        monkeypatch.setattr(numba_cpu, "threads", lambda: 1)
+        numba_cpu.row_forward(x, rows, cols, None, None, 1e-5, y, mean, var)
+        found.append(bits(y, mean, var))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sizes", [(4099, 1, 1), (50, 3, 49), (2, 3, 5000), (1, 2, 30000)])
+def test_values_far_from_zero_and_constants(sizes: tuple[int, int, int]) -> None:
+    channels = sizes[1]
+    rng = np.random.default_rng(3)
+    x = (1e6 + rng.uniform(-1, 1, sizes)).astype(np.float32)
+    x[:, 0, :] = 1234567.0
+    beta = np.full(channels, 0.3, np.float32)
+    y, mean, var = np.empty_like(x), np.empty(channels), np.empty(channels)
+    numba_cpu.channel_forward(x, *sizes, None, beta, 1e-5, y, mean, var)
+    assert mean[0] == 1234567.0
+    assert var[0] == 0.0
+    assert (y[:, 0, :] == beta[0]).all()
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(axis=(0, 2), keepdims=True)
+    truth = centred / np.sqrt((centred * centred).mean(axis=(0, 2), keepdims=True) + 1e-5) + beta[0].astype(float)
+    np.testing.assert_allclose(y, truth, atol=2e-6)
+
+
+def test_a_root_beyond_float32_keeps_constants_exact() -> None:
+    x = np.full((3, 4), 7.0, np.float32)
+    beta = np.full(4, 0.3, np.float32)
+    y, mean, var = np.empty_like(x), np.empty(4), np.empty(4)
+    numba_cpu.channel_forward(x, 3, 4, 1, None, beta, 1e-300, y, mean, var)
+    assert (y == beta).all()
+
+
+# ---- threads, processes, disk ----------------------------------------------------------------------
+
+WORK = """
+import hashlib, importlib, os, sys, threading
+import numpy as np
+table = importlib.import_module("fastnorm.backends.numba_cpu")
+
+def digest():
+    rng = np.random.default_rng(5)
+    total = hashlib.sha256()
+    for outer, channels, inner in ((4099, 33, 1), (200000, 3, 1), (300, 2100, 1), (7, 9, 3136), (2, 1, 200001)):
+        x, dy = (rng.standard_normal(outer * channels * inner).astype(np.float32) for _ in range(2))
+        y, dx = np.empty_like(x), np.empty_like(x)
+        mean, var, s1, s2 = (np.empty(channels) for _ in range(4))
+        table.channel_forward(x, outer, channels, inner, None, None, 1e-5, y, mean, var)
+        table.channel_backward(dy, x, outer, channels, inner, mean, var, 1e-5, None, dx, s1, s2)
+        for array in (y, mean, var, dx, s1, s2):
+            total.update(array.tobytes())
+    for rows, cols in ((3000, 127), (3, 100000), (33, 4099)):
+        x, dy = (rng.standard_normal(rows * cols).astype(np.float32) for _ in range(2))
+        y, dx = np.empty_like(x), np.empty_like(x)
+        mean, var, s1, s2 = np.empty(rows), np.empty(rows), np.empty(cols), np.empty(cols)
+        table.row_forward(x, rows, cols, None, None, 1e-5, y, mean, var)
+        table.row_backward(dy, x, rows, cols, mean, var, 1e-5, None, dx, s1, s2)
+        for array in (y, mean, var, dx, s1, s2):
+            total.update(array.tobytes())
+    return total.hexdigest()
+"""
+
+THREADS = """
+found = set()
+for count in (1, 2, 3, 7):
+    table.set_num_threads(count)
+    found.add(digest())
+several = []
+workers = [threading.Thread(target=lambda: several.append(digest())) for _ in range(8)]
+for worker in workers: worker.start()
+for worker in workers: worker.join()
+assert len(several) == 8
+assert len(found | set(several)) == 1, (found, several)
+import numba
+assert numba.threading_layer() == os.environ.get("NUMBA_THREADING_LAYER", numba.threading_layer())
+"""
+
+FORK = """
+table.set_num_threads(2)
+expected = digest()
+child = os.fork()
+if child == 0:
+    os._exit(0 if digest() == expected else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert digest() == expected
+"""
+
+
+def run(code: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WORK + code],
+        env={**os.environ, "NUMBA_NUM_THREADS": "8", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_bits_for_any_number_of_threads_and_callers(layer: str) -> None:
+    """1, 2, 3, 7 threads and 8 callers at once. Under workqueue, unguarded, the latter would abort the process."""
+    if layer == "omp":
+        pytest.importorskip("numba.np.ufunc.omppool")
+    run(THREADS, NUMBA_THREADING_LAYER=layer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_computes_after_its_parent_did() -> None:
+    """Entering the omp layer, the child would be killed."""
+    run(FORK)
+
+
+OWN_COUNT = """
+import numba
+numba.set_num_threads(5)
+table.set_num_threads(2)
+digest()
+assert numba.get_num_threads() == 5
+"""
+
+
+def test_the_callers_own_thread_count_is_left_alone() -> None:
+    run(OWN_COUNT)
+
+
+def test_nothing_is_compiled_at_import() -> None:
+    run("from fastnorm.backends.numba_cpu import _rows\nassert not _rows.forward._run.signatures")
+
+
+def test_stale_machine_code_is_noticed() -> None:
+    """The stamp of the disk cache covers every source a kernel is made of, not only its own file."""
+    stamp = launch._sources_stamp()
+    assert len(stamp) >= 6
+    assert runs.moments._run._cache._cache_file._source_stamp == stamp
+
+
+def test_nan_stays_in_its_channel() -> None:
+    for sizes in ((4099, 5, 1), (3, 5, 1000), (2000, 5, 3)):
+        x = np.random.default_rng(6).standard_normal(sizes).astype(np.float32)
+        x[1, 1, 0], x[-1, 3, -1] = np.nan, np.inf
+        y, mean, var = np.empty_like(x), np.empty(5), np.empty(5)
+        numba_cpu.channel_forward(x, *sizes, None, None, 1e-5, y, mean, var)
+        assert np.isnan(y[:, 1, :]).all()
+        assert np.isnan(y[-1, 3, -1])
+        assert np.isfinite(y[:, [0, 2, 4], :]).all()
+
+
+def test_threads_of_python_compile_once() -> None:
+    """Eight threads, first call of a dtype: the results agree and nothing fails."""
+    x = np.random.default_rng(7).standard_normal((20, 30))
+    found: list[bytes] = []
+
+    def work() -> None:
+        y, mean, var = np.empty_like(x), np.empty(30), np.empty(30)
+        numba_cpu.channel_forward(x, 20, 30, 1, None, None, 1e-5, y, mean, var)
+        found.append(y.tobytes())
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
