@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from tolerances import roundoff, tolerance
 
 from fastnorm import Moments, _layout
 from fastnorm.bench.cases import OPS, Case, Inputs, Layout, dtype_of
+from fastnorm.bench.tolerances import roundoff, tolerance
 
 Array = np.ndarray[Any, Any]
 
@@ -141,7 +141,7 @@ def _wider(accumulation: np.dtype[Any]) -> np.dtype[Any]:
 class Quantity(NamedTuple):
     value: Array
     magnitude: Array
-    """M of tolerances.py."""
+    """M of fastnorm/bench/tolerances.py."""
 
 
 class Truth(NamedTuple):

@@ -7,10 +7,10 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from cases import OPS, Inputs, case, check_all, check_moments, fused, standard, storage, truth
-from tolerances import roundoff
 
 import fastnorm
 from fastnorm.bench.cases import DTYPES, dtype_of
+from fastnorm.bench.tolerances import roundoff
 
 ops = pytest.mark.parametrize("op", OPS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

@@ -9,10 +9,10 @@ import mpmath
 import numpy as np
 import pytest
 from cases import ARRANGEMENTS, OPS, case, check_all, fused, rearranged, standard, truth
-from tolerances import tolerance
 
 import fastnorm
 from fastnorm.bench.cases import DTYPES
+from fastnorm.bench.tolerances import tolerance
 from fastnorm.bench.variants import variants
 
 ops = pytest.mark.parametrize("op", OPS)

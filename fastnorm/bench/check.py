@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 import fastnorm
+from fastnorm._layout import accumulation_dtype
 from fastnorm.backends import Array, flat
 from fastnorm.bench.cases import Case, Direction, Inputs, dtype_of
+from fastnorm.bench.tolerances import scaled_tolerance
 
 _SLAB = 1 << 20
 """Elements of the reference computed at a time."""
@@ -96,19 +98,7 @@ def _dense(array: Array) -> bool:
 
 
 def tolerance(case: Case, *, exact: bool) -> float:
-    """The largest `error` of a right result.
-
-    One rounding to x's dtype, and 32 roundings of the arithmetic (float32; float64 for float64): x - mean
-    alone costs |x| / spread of them, about ten here. Implementations that sum n values one after the
-    other (`exact` False: staged, alt, the peers) are allowed sqrt(n) times as many.
-    """
-    storage = _epsilon(case.dtype)
-    arithmetic = _epsilon("float64" if case.dtype == "float64" else "float32")
-    longest = max(case.reduction, case.size / math.prod(case.parameter_shape))
-    return storage + 32 * arithmetic * (1.0 if exact else math.sqrt(longest))
-
-
-def _epsilon(name: str) -> float:
-    if name == "bfloat16":
-        return 2.0**-7
-    return float(np.finfo(dtype_of(name)).eps)
+    """The largest `error` of a right result; `exact` False for implementations that sum one after the other."""
+    longest = max(case.reduction, case.size // math.prod(case.parameter_shape))
+    stored = dtype_of(case.dtype)
+    return scaled_tolerance(stored, accumulation_dtype(stored), longest, exact=exact)

@@ -1,4 +1,4 @@
-"""The one table of tolerances, derived from how the kernels compute; no test has a number of its own.
+"""The one table of tolerances, derived from how the kernels compute; no test or benchmark has a number of its own.
 
 Notation: u = unit roundoff, half the distance from 1 to the next number (2^-24 for float32, 2^-11 for float16,
 2^-8 for bfloat16, 2^-53 for float64). u_s is that of the dtype a result is stored in, u_a that of the dtype
@@ -50,7 +50,7 @@ def _finfo(dtype: np.dtype[Any]) -> Any:
     if dtype.name == "bfloat16":
         import ml_dtypes
 
-        return ml_dtypes.finfo(dtype)
+        return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     return np.finfo(dtype)
 
 
@@ -69,3 +69,14 @@ def tolerance(result: Array, magnitude: Array, stored: Any, accumulation: Any, t
     smallest = sum(float(_finfo(dtype).smallest_subnormal) for dtype in (stored, accumulation))
     rounding = roundoff(stored) * np.abs(result) + smallest
     return rounding + roundoff(accumulation) * (ROUNDINGS + math.sqrt(terms)) * magnitude
+
+
+def scaled_tolerance(stored: Any, accumulation: Any, terms: int, *, exact: bool) -> float:
+    """The largest `check.error` of a right result: the table in one number, for inputs of a benchmark.
+
+    Their spread is about 1, their means are about 10, and the error is scaled to values around 1. Two units of
+    storage, and 6 ROUNDINGS of arithmetic, since x - mean alone may cost |x| / spread of them; implementations
+    that sum n values one after the other (`exact` False: staged, alt, the peers) have sqrt(n) times as many.
+    """
+    growth = 1.0 if exact else math.sqrt(terms)
+    return 2 * roundoff(stored) + 6 * ROUNDINGS * roundoff(accumulation) * growth
