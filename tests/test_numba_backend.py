@@ -286,3 +286,16 @@ def test_threads_of_python_compile_once() -> None:
         worker.join()
     assert len(found) == 8
     assert len(set(found)) == 1
+
+
+def test_cached_and_fresh_machine_code_give_the_same_bits(tmp_path: Any) -> None:
+    """Two kernels that share a sum, one from the disk cache of another process, the other compiled here."""
+    first = "table._runs.backward_reduce(27, dy, x, 9, 3, 1, mean, var, 1e-5, s1, s2)\n"
+    second = "table._runs.backward(27, dy, x, 9, 3, 1, 2, mean, var, 1e-5, var.astype(np.float32), dx, t1, t2)\n"
+    made = (
+        "rng = np.random.default_rng(3)\n"
+        "x, dy = (rng.standard_normal(27).astype(np.float32) + 3 for _ in range(2)); dx = np.empty_like(x)\n"
+        "mean, var = np.full(3, 3.0), np.ones(3); s1, s2, t1, t2 = (np.empty(3) for _ in range(4))\n"
+    )
+    run(made + first, NUMBA_CACHE_DIR=str(tmp_path))
+    run(made + first + second + "assert (s1 == t1).all() and (s2 == t2).all()", NUMBA_CACHE_DIR=str(tmp_path))

@@ -15,13 +15,16 @@ import numpy as np
 from fastnorm.backends.numba_cpu import _runs
 from fastnorm.backends.numba_cpu._launch import Kernel, compiled, inlined
 from fastnorm.backends.numba_cpu._scalars import (
+    LANES,
+    across,
+    clear,
     coefficient,
     gradient_line,
     input_gradient,
     load,
-    plus,
     rounded,
     rstd,
+    stack_lanes,
     store,
     sum_times_xhat,
     workspace,
@@ -78,7 +81,7 @@ def _forward_rows(x, outer, rows, cols, tiles, gamma, beta, eps, y, mean, var, b
 
 @Kernel
 def forward(launcher, x, outer, rows, cols, gamma, beta, eps, y, mean, var):
-    """outer is 1: not a constant here, which would compile sums of rows apart from those of `_runs.moments`."""
+    """outer is 1, as an argument: for a constant, Numba would compile the sums of `_runs` a second time."""
     tiles = _runs.tiling(outer, cols)
     for_each(launcher, _forward_rows, (x, outer, rows, cols, tiles, gamma, beta, eps, y, mean, var), rows)
 
@@ -103,13 +106,20 @@ def apply(launcher, x, rows, cols, mean, var, eps, gamma, beta, y):
 @compiled
 def _block_sums(dy, x, gamma, start, first, last, centre):
     """(sum(g), sum(g*(x - centre))) over columns first..last, g = dy*gamma."""
-    sum_g = rounded(x, 0.0)
-    sum_g_centred = rounded(x, 0.0)
-    for j in range(first, last):
-        g = load(dy, start + j) * load(gamma, j)
-        sum_g = plus(sum_g, g)
-        sum_g_centred = plus(sum_g_centred, g * (load(x, start + j) - centre))
-    return np.float64(sum_g), np.float64(sum_g_centred)
+    sum_g, sum_g_centred = stack_lanes(x), stack_lanes(x)
+    whole = last - (last - first) % LANES
+    clear(sum_g)
+    clear(sum_g_centred)
+    for j in range(first, whole, LANES):
+        for lane in range(LANES):
+            g = load(dy, start + j + lane) * load(gamma, j + lane)
+            sum_g[lane] += g
+            sum_g_centred[lane] += g * (load(x, start + j + lane) - centre)
+    for lane in range(last - whole):
+        g = load(dy, start + whole + lane) * load(gamma, whole + lane)
+        sum_g[lane] += g
+        sum_g_centred[lane] += g * (load(x, start + whole + lane) - centre)
+    return across(sum_g), across(sum_g_centred)
 
 
 @inlined

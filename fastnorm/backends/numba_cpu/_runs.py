@@ -21,23 +21,26 @@ import numpy as np
 
 from fastnorm.backends.numba_cpu._launch import Kernel, compiled
 from fastnorm.backends.numba_cpu._scalars import (
+    LANES,
+    across,
     affine_line,
     centred_squares,
+    clear,
     gradient_line,
     input_gradient,
     load,
     merged,
     normalized,
-    plus,
     rounded,
     rstd,
+    stack_lanes,
     store,
     sum_times_xhat,
 )
 from fastnorm.backends.numba_cpu._tasks import for_each
 
 BLOCK = 4096
-"""Elements of a block: 16 KB of float32, half of L1, and at most 64 additions for each of 64 vector lanes."""
+"""Elements of a block: 16 KB of float32, half of L1, and at most 64 additions to each of the running sums."""
 PART_BLOCKS = 16
 PIECE = 1 << 16
 """Elements of a run that one task normalizes."""
@@ -72,22 +75,30 @@ def part_elements(part, outer, inner, tiles):
 @compiled
 def _block_moments(x, start, stride, runs, length):
     """(mean, centred squares) of `runs` runs of `length` elements; the first element is the pivot."""
+    sums = stack_lanes(x)
     pivot = load(x, start)
-    total = rounded(x, 0.0)
+    count, rest = runs * length, length % LANES
+    clear(sums)
     for run in range(runs):
         base = start + run * stride
-        for i in range(length):
-            total = plus(total, load(x, base + i) - pivot)
-    count = runs * length
-    mean = np.float64(pivot) + np.float64(total) / count
+        for i in range(base, base + length - rest, LANES):
+            for lane in range(LANES):
+                sums[lane] += load(x, i + lane) - pivot
+        for lane in range(rest):
+            sums[lane] += load(x, base + length - rest + lane) - pivot
+    mean = pivot + across(sums) / count
     centre = rounded(x, mean)
-    squares = rounded(x, 0.0)
+    clear(sums)
     for run in range(runs):
         base = start + run * stride
-        for i in range(length):
-            deviation = load(x, base + i) - centre
-            squares = plus(squares, deviation * deviation)
-    return mean, centred_squares(np.float64(squares), count, mean - centre)
+        for i in range(base, base + length - rest, LANES):
+            for lane in range(LANES):
+                deviation = load(x, i + lane) - centre
+                sums[lane] += deviation * deviation
+        for lane in range(rest):
+            deviation = load(x, base + length - rest + lane) - centre
+            sums[lane] += deviation * deviation
+    return mean, centred_squares(across(sums), count, mean - centre)
 
 
 @compiled
@@ -200,15 +211,23 @@ def forward(launcher, x, outer, channels, inner, group, gamma, beta, eps, y, mea
 @compiled
 def _block_sums(dy, x, start, stride, runs, length, centre):
     """(sum(dy), sum(dy*(x - centre))) of a block."""
-    sum_dy = rounded(x, 0.0)
-    sum_dy_centred = rounded(x, 0.0)
+    sum_dy, sum_dy_centred = stack_lanes(x), stack_lanes(x)
+    rest = length % LANES
+    clear(sum_dy)
+    clear(sum_dy_centred)
     for run in range(runs):
         base = start + run * stride
-        for i in range(length):
-            grad = load(dy, base + i)
-            sum_dy = plus(sum_dy, grad)
-            sum_dy_centred = plus(sum_dy_centred, grad * (load(x, base + i) - centre))
-    return np.float64(sum_dy), np.float64(sum_dy_centred)
+        for i in range(base, base + length - rest, LANES):
+            for lane in range(LANES):
+                grad = load(dy, i + lane)
+                sum_dy[lane] += grad
+                sum_dy_centred[lane] += grad * (load(x, i + lane) - centre)
+        for lane in range(rest):
+            i = base + length - rest + lane
+            grad = load(dy, i)
+            sum_dy[lane] += grad
+            sum_dy_centred[lane] += grad * (load(x, i) - centre)
+    return across(sum_dy), across(sum_dy_centred)
 
 
 @compiled

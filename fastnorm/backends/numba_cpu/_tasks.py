@@ -2,7 +2,7 @@
 
 A kernel reaches that loop through a function pointer. So it is compiled once and not again by Numba's
 parallel pipeline (measured: 4.2 s of CPU time for the first kernel against 2.1 s), and running serially or in
-parallel executes the same machine code, which gives the same bits.
+parallel executes the same machine code.
 """
 
 # mypy: ignore-errors
