@@ -214,6 +214,11 @@ def buffers(
     """
     x = inputs[-1]
     if out is None:
+        views = [_view(array, dtype, view_of, axes) for array in inputs]
+        own = views[-1]
+        if own is not None and dtype == out_dtype and all(v is own or (v and v.memory == own.memory) for v in views):
+            out = np.empty_like(x)  # the common case: everything dense and alike, the result in x's own order
+            return Buffers(own, inputs, out, out)
         out = np.empty_like(x, dtype=out_dtype, subok=False)
     work = out
     view = _view(work, dtype, view_of, axes)

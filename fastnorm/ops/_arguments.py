@@ -198,11 +198,11 @@ def store_running(
 def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
     if running is None:
         return ((1.0 - momentum) * batch).astype(dtype)
-    mixed = running.astype(np.float64).reshape(-1)
+    mixed = running.astype(np.float64)
     mixed *= momentum
-    mixed += (1.0 - momentum) * batch
+    mixed += (1.0 - momentum) * (batch if mixed.ndim == 1 else batch.reshape(mixed.shape))
     kept = dtype if running.dtype.kind in "biu" else running.dtype
-    return mixed.astype(kept).reshape(running.shape)
+    return mixed.astype(kept)
 
 
 # ---- layernorm ------------------------------------------------------------------------------------
