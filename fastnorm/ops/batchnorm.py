@@ -62,37 +62,45 @@ def batchnorm_forward(
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
     table = kernels(backend)
-    x, axes, channels = _arguments.batchnorm_x(x, axis)
-    options = _arguments.batchnorm_options(bn_param, channels)
-    frozen, eps, _, running_mean, running_var = options
-    dtype = _layout.storage_dtype("x", x)
-    accumulation = _layout.accumulation_dtype(dtype)
-    gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
-    beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
-    if out is not None:
-        others = {"x": x, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-        out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if frozen else None)
+    if out is None and type(axis) is int and axis == 1 and _layout.plain(x, gamma, beta, 1):
+        outer, channels, axes = x.shape[0], x.shape[1], (1,)
+        inner = x.size // (outer * channels)
+        options = _arguments.batchnorm_options(bn_param, channels)
+        accumulation = _layout.accumulation_dtype(x.dtype)
+        source, scale, shift = x, gamma, beta
+        out = work = np.empty_like(x)
+        in_place = False
+    else:
+        x, axes, channels = _arguments.batchnorm_x(x, axis)
+        options = _arguments.batchnorm_options(bn_param, channels)
+        dtype = _layout.storage_dtype("x", x)
+        accumulation = _layout.accumulation_dtype(dtype)
+        gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
+        beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
+        if out is not None:
+            running = {"running_mean": options.running_mean, "running_var": options.running_var}
+            others = {"x": x, "gamma": gamma, "beta": beta, **running}
+            out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if options.frozen else None)
+        if x.size == 0:
+            result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
+            mean, var = _arguments.constants(options) if options.frozen else (np.zeros(channels), np.zeros(channels))
+            return result, Cache("batchnorm", x, gamma, beta, mean, var, options.eps, axes, options.frozen)
+        in_place = out is not None and _layout.same_elements(out, x)
+        view, (source,), work, out = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
+        outer, _, inner = view.sizes
 
-    if frozen:
+    if options.frozen:
         mean, var = _arguments.constants(options)
+        table.channel_apply(source, outer, channels, inner, mean, var, options.eps, scale, shift, work)
     else:
-        mean, var = np.zeros(channels), np.zeros(channels)
-
-    if x.size == 0:
-        result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
-        return result, Cache("batchnorm", x, gamma, beta, mean, var, eps, axes, frozen)
-
-    plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
-    (source,) = plan.inputs
-    outer, _, inner = plan.view.sizes
-    if frozen:
-        table.channel_apply(source, outer, channels, inner, mean, var, eps, scale, shift, plan.work)
-    else:
-        table.channel_forward(source, outer, channels, inner, scale, shift, eps, plan.work, mean, var)
+        mean, var = np.empty(channels), np.empty(channels)
+        table.channel_forward(source, outer, channels, inner, scale, shift, options.eps, work, mean, var)
         if bn_param is not None:
             _arguments.store_running(bn_param, options, mean, var, accumulation)
-    kept = None if out is not None and frozen and np.may_share_memory(out, x) else x
-    return _layout.deliver(plan), Cache("batchnorm", kept, gamma, beta, mean, var, eps, axes, frozen)
+    kept = None if in_place else x
+    return _layout.deliver(work, out), Cache(
+        "batchnorm", kept, gamma, beta, mean, var, options.eps, axes, options.frozen
+    )
 
 
 def batchnorm_backward(
@@ -143,7 +151,7 @@ def batchnorm_backward(
             table.channel_backward(
                 grad, source, outer, channels, inner, mean, var, eps, scale, plan.work, sum_dout, sum_dout_xhat
             )
-        dx = _layout.deliver(plan)
+        dx = _layout.deliver(plan.work, plan.out)
     return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
 
 
@@ -201,7 +209,7 @@ def batchnorm_backward_apply(
     table.channel_backward_apply(
         grad, source, outer, channels, inner, mean, var, eps, scale, sum_dout, sum_dout_xhat, count, plan.work
     )
-    return _layout.deliver(plan)
+    return _layout.deliver(plan.work, plan.out)
 
 
 def spatial_batchnorm_forward(

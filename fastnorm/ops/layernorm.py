@@ -57,9 +57,16 @@ def layernorm_forward(
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
     table = kernels(backend)
+    eps = _arguments.layernorm_eps(ln_param)
+    if out is None and type(axis) is int and axis == -1 and _layout.plain(x, gamma, beta, -1):
+        cols = x.shape[-1]
+        rows = x.size // cols
+        out, mean, var = np.empty_like(x), np.empty(rows), np.empty(rows)
+        table.row_forward(x, rows, cols, gamma, beta, eps, out, mean, var)
+        return out, Cache("layernorm", x, gamma, beta, mean, var, eps, (x.ndim - 1,), False)
+
     x, axes = _arguments.layernorm_x(x, axis)
     first = axes[0]
-    eps = _arguments.layernorm_eps(ln_param)
     dtype = _layout.storage_dtype("x", x)
     accumulation = _layout.accumulation_dtype(dtype)
     gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
@@ -82,7 +89,7 @@ def layernorm_forward(
     table.row_forward(source, rows, cols, scale, shift, eps, plan.work, mean, var)
     mean = _layout.to_index(mean, view.stats, x.shape[:first])
     var = _layout.to_index(var, view.stats, x.shape[:first])
-    return _layout.deliver(plan), Cache("layernorm", x, gamma, beta, mean, var, eps, axes, False)
+    return _layout.deliver(plan.work, plan.out), Cache("layernorm", x, gamma, beta, mean, var, eps, axes, False)
 
 
 def layernorm_backward(
@@ -137,5 +144,5 @@ def layernorm_backward(
         table.row_backward(grad, source, rows, cols, mean, var, cache.eps, scale, plan.work, sum_dout_xhat, sum_dout)
         sum_dout = _layout.to_index(sum_dout, view.params, lengths)
         sum_dout_xhat = _layout.to_index(sum_dout_xhat, view.params, lengths)
-        dx = _layout.deliver(plan)
+        dx = _layout.deliver(plan.work, plan.out)
     return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)

@@ -135,4 +135,4 @@ def normalize(
     (source,) = plan.inputs
     outer, channels, inner = view.sizes
     table.channel_apply(source, outer, channels, inner, centre, spread, eps, scale, shift, plan.work)
-    return _layout.deliver(plan)
+    return _layout.deliver(plan.work, plan.out)
