@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <numeric>
 
 namespace fastnorm {
 
@@ -46,12 +47,13 @@ Caches caches() {
 
 Cut cut_channels(ChannelShape shape) {
   Cut cut{};
+  cut.side_by_side = shape.inner == 1 || (shape.inner <= kShortRun && shape.outer >= kRowsOfShortRuns);
   cut.fold = 1;
-  if (shape.inner == 1) {
-    cut.fold = std::clamp<std::size_t>(kFoldedRow / shape.channels, 1, shape.outer);
+  if (cut.side_by_side) {
+    cut.fold = std::clamp<std::size_t>(kFoldedRow / (shape.channels * shape.inner), 1, shape.outer);
     cut.rows = std::min(cut.fold > 1 ? kChunkRows / 2 * cut.fold : kChunkRows, shape.outer);
     cut.pieces = 1;
-    cut.piece = 1;
+    cut.piece = shape.inner;
   } else if (shape.inner < kChunk) {
     cut.rows = std::min(shape.outer, kChunk / shape.inner);
     cut.pieces = 1;
@@ -70,7 +72,6 @@ Cut cut_channels(ChannelShape shape) {
 bool streams(std::size_t bytes) { return bytes >= caches().l3 / 4; }
 
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
-  const bool columns = shape.inner == 1;
   const std::size_t channel_bytes = shape.outer * shape.inner * itemsize * arrays;
   const std::size_t workers = static_cast<std::size_t>(threads);
   ChannelPlan plan{};
@@ -78,22 +79,25 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
 
   // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well. Folded rows
   // are whole rows: their channels stay together.
-  const bool folded = cut_channels(shape).fold > 1;
+  const Cut cut = cut_channels(shape);
   const std::size_t line = 64 / itemsize;
   const std::size_t in_l2 = caches().l2 / 2 / channel_bytes;
-  if (!folded && in_l2 >= (columns ? kNarrowestSlab / itemsize : 1)) {
+  const std::size_t narrowest = cut.side_by_side ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
+  if (cut.fold == 1 && in_l2 >= narrowest) {
     plan.slab = std::min(in_l2, ceil_div(shape.channels, workers));
-    if (columns) plan.slab = ceil_div(plan.slab, line) * line;
+    // Slabs of whole lines, if a slab holds one.
+    const std::size_t lines = line / std::gcd(line, shape.inner);
+    if (cut.side_by_side && plan.slab > lines) plan.slab -= plan.slab % lines;
     return plan;
   }
   // One channel a thread in its share of L3.
-  if (!columns && shape.channels >= 4 * workers && channel_bytes <= caches().l3 / 2 / workers) {
+  if (!cut.side_by_side && shape.channels >= 4 * workers && channel_bytes <= caches().l3 / 2 / workers) {
     plan.slab = 1;
     return plan;
   }
   // All threads on everything at once, or on one channel of runs. What of it fits L3 need not be read again.
   plan.team = true;
-  plan.slab = columns ? shape.channels : 1;
+  plan.slab = cut.side_by_side ? shape.channels : 1;
   return plan;
 }
 

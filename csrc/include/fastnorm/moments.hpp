@@ -1,15 +1,19 @@
-// Count, mean and sum of centred squares: the exact two-pass over one block, and Chan's merge.
+// Count, mean and sum of centred squares: one pass over a block around a pivot near its mean, and Chan's merge.
 //
-//   scalar:  mean = pivot + sum(x - pivot)/n          pivot: the block's first element
-//            m2   = sum((x - mean)^2)
+//   scalar:  pivot = mean of the block's first elements
+//            d = x - pivot;  mean = pivot + sum(d)/n
+//            m2 = sum(d^2) - sum(d)^2/n, or sum((x - mean)^2) in a second pass where that would cancel
 //   merge:   delta = b.mean - a.mean
 //            mean  = a.mean + delta*b.n/(a.n + b.n)
 //            m2    = a.m2 + b.m2 + delta^2*a.n*b.n/(a.n + b.n)
 //
-// The pivot makes the mean of a constant exact and keeps a large mean out of the sums. Means are doubles:
-// the vector passes use the nearest A (`centre`) and the rest is put right afterwards.
+// sum(d)^2/n is what a pivot off the mean adds to the sum of squares. Up to half of it costs one bit; beyond that
+// (a first few elements far from the rest) the second pass is run. What decides is the data alone, so bits repeat.
+// The pivot of a constant is that constant, and everything is exact. Means are doubles: the vector passes use the
+// nearest A (`centre`) and the rest is put right afterwards.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "fastnorm/simd.hpp"
@@ -28,7 +32,7 @@ FASTNORM_INLINE Moments merge(const Moments& a, const Moments& b) {
   return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.n * share)};
 }
 
-FASTNORM_INLINE double variance(const Moments& m) { return m.m2 / m.n; }
+FASTNORM_INLINE double variance(const Moments& m) { return m.m2 * (1.0 / m.n); }
 
 // 1/sqrt(var + eps); 0 where that is infinite, so that a constant gives beta for eps 0 as well.
 FASTNORM_INLINE double rstd_of(double var, double eps) {
@@ -36,19 +40,23 @@ FASTNORM_INLINE double rstd_of(double var, double eps) {
   return total == 0.0 ? 0.0 : 1.0 / std::sqrt(total);
 }
 
-// The two passes over a block: `runs` runs of `length` elements, `stride` elements apart.
+// A block is `runs` runs of `length` elements, `stride` elements apart.
+
+// A value near the block's mean: the mean of its first elements.
+constexpr size_t kPivotElements = 16;
+
 template <class T>
-FASTNORM_INLINE double block_mean(const T* x, size_t runs, size_t stride, size_t length) {
+FASTNORM_INLINE Vector<Acc<T>> pivot_of(const T* x, size_t length) {
   using A = Acc<T>;
-  const Vector<A> pivot = broadcast<A>(load_part(x, 1, Vector<A>{})[0]);
+  const size_t n = std::min(length, kPivotElements);
+  const Vector<A> first = broadcast<A>(load_part(x, 1, Vector<A>{})[0]);
   Vector<A> sums[4] = {};
-  for (size_t r = 0; r < runs; ++r) {
-    const T* run = x + r * stride;
-    sum_run<A>(length,
-               [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA { sums[k] += how.load(run + i, pivot) - pivot; });
-  }
-  return static_cast<double>(pivot[0]) + total<A>(combined(sums)) / static_cast<double>(runs * length);
+  sum_run<A>(n, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA { sums[k] += how.load(x + i, first) - first; });
+  return first + broadcast(static_cast<A>(total<A>(combined(sums)) * (1.0 / static_cast<double>(n))));
 }
+
+// Whether sum(d)^2/n is too large a part of sum(d^2) to be subtracted from it; of NaN as well.
+FASTNORM_INLINE bool cancels(double off_pivot, double squares) { return !(off_pivot <= 0.5 * squares); }
 
 template <class T>
 FASTNORM_INLINE double block_m2(const T* x, size_t runs, size_t stride, size_t length, double mean) {
@@ -69,8 +77,23 @@ FASTNORM_INLINE double block_m2(const T* x, size_t runs, size_t stride, size_t l
 
 template <class T>
 FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
-  const double mean = block_mean(x, runs, stride, length);
-  return {static_cast<double>(runs * length), mean, block_m2(x, runs, stride, length, mean)};
+  using A = Acc<T>;
+  const double n = static_cast<double>(runs * length),
+               share = 1.0 / n;  // hoisted out of loops, where a division is not
+  const Vector<A> pivot = pivot_of(x, length);
+  Vector<A> sums[4] = {}, squares[4] = {};
+  for (size_t r = 0; r < runs; ++r) {
+    const T* run = x + r * stride;
+    sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> d = how.load(run + i, pivot) - pivot;
+      sums[k] += d;
+      squares[k] = mul_add(d, d, squares[k]);
+    });
+  }
+  const double sum = total<A>(combined(sums)), square = total<A>(combined(squares));
+  const double mean = static_cast<double>(pivot[0]) + sum * share, off_pivot = sum * (sum * share);
+  if (cancels(off_pivot, square)) return {n, mean, block_m2(x, runs, stride, length, mean)};
+  return {n, mean, square - off_pivot};
 }
 
 }  // namespace fastnorm::FASTNORM_LEVEL

@@ -17,7 +17,11 @@ Caches caches();
 
 // Elements of one exact two-pass block: 16 KB of float32, so its second pass reads L1.
 constexpr std::size_t kChunk = 4096;
-// Rows of such a block where channels lie side by side.
+// Runs of at most this many elements are short: channels are then treated as lying side by side, if there are rows
+// enough to pay for the coefficients of every element of a row.
+constexpr std::size_t kShortRun = 256;
+constexpr std::size_t kRowsOfShortRuns = 8;
+// Rows of a block where channels lie side by side.
 constexpr std::size_t kChunkRows = 64;
 // Elements that a row should have there: rows of fewer are folded, several treated as one.
 constexpr std::size_t kFoldedRow = 512;
@@ -29,6 +33,7 @@ constexpr std::size_t kMaxGroups = 64;
 // The elements of every channel, cut the same way: `groups` runs of `per_group` units, where a unit is
 // `rows` rows (outer indices) or, for long inner runs, one of `pieces` pieces of `piece` elements of one row.
 struct Cut {
+  bool side_by_side;      // channels side by side (vectors across them), else each as runs of its own
   std::size_t rows;       // outer indices a unit
   std::size_t pieces;     // units a row is cut into (1 unless inner is long)
   std::size_t piece;      // inner elements a unit

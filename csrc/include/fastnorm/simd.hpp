@@ -305,7 +305,7 @@ template <class T, int count>
 struct Ahead {
   const T* from[count];
   FASTNORM_INLINE void line(size_t i) const {
-    for (int k = 0; k < count; ++k) __builtin_prefetch(from[k] + i, 0, 2);
+    for (int k = 0; k < count; ++k) __builtin_prefetch(from[k] + i, 0, count == 1 ? 3 : 2);
   }
 };
 
@@ -416,6 +416,22 @@ FASTNORM_INLINE double total(Vector<A> v) {
 template <class V>
 FASTNORM_INLINE V combined(const V (&sums)[4]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Calls f(c, how) for the vectors of columns [0, n).
+template <class A, class F>
+FASTNORM_INLINE void for_columns(size_t n, const F& f) {
+  size_t c = 0;
+  for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{});
+  if (c < n) f(c, Part{n - c});
+}
+
+template <class A, class How>
+FASTNORM_INLINE void put(A* p, Vector<A> v, How how) {
+  if constexpr (std::is_same_v<How, Part>)
+    store_part(p, v, how.n);
+  else
+    store(p, v);
 }
 
 }  // namespace fastnorm::FASTNORM_LEVEL

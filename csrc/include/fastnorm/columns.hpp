@@ -1,0 +1,244 @@
+// Channels side by side: vectors across channels, sums down the rows.
+#pragma once
+
+#include <limits>
+
+#include "fastnorm/coefficients.hpp"
+
+namespace fastnorm::FASTNORM_LEVEL {
+
+// A row is all channels of one outer index, each `inner` elements (1, or a few: 7x7 images). What a channel needs is
+// spread over its elements, so that a row is one run of vectors whatever `inner` is. Few channels make short rows;
+// `fold` rows together are then treated as one (Cut::fold). Sums are kept by column and collapsed, a channel's
+// columns into one, at the end of a block.
+template <class T>
+struct Columns {
+  using A = Acc<T>;
+  // Columns of a block whose rows are summed together: a block is then 256 KB of float32 at most, and stays in L2.
+  static constexpr size_t kWidth = 1024;
+  static constexpr size_t kWorkspace = 5 * kWidth;
+  // Rows whose mean is the first pivot.
+  static constexpr size_t kPivotRows = 8;
+
+  ChannelShape shape;
+  Cut cut;
+
+  size_t row_length() const { return shape.channels * shape.inner; }
+  double count(size_t g) const { return static_cast<double>((last_row(g) - first_row(g)) * shape.inner); }
+  size_t first_row(size_t g) const { return first_unit(cut, g) * cut.rows; }
+  size_t last_row(size_t g) const { return std::min(shape.outer, last_unit(cut, g) * cut.rows); }
+
+  // Values that `n` channels are spread over.
+  size_t spread_length(size_t n) const { return n * shape.inner * cut.fold; }
+
+  // One value a channel to one a column of `fold` rows, in place.
+  void spread(A* values, size_t n) const {
+    if (shape.inner > 1)
+      for (size_t c = n; c-- > 0;) std::fill_n(values + c * shape.inner, shape.inner, values[c]);
+    const size_t wide = n * shape.inner;
+    for (size_t j = 1; j < cut.fold; ++j) std::copy_n(values, wide, values + j * wide);
+  }
+
+  // The inverse for sums: a channel's columns added up, in place.
+  void collapse(A* sums, size_t n) const {
+    const size_t wide = n * shape.inner;
+    for (size_t j = 1; j < cut.fold; ++j)
+      for (size_t i = 0; i < wide; ++i) sums[i] += sums[j * wide + i];
+    if (shape.inner == 1) return;
+    for (size_t c = 0; c < n; ++c) {
+      Vector<A> partial[4] = {};
+      sum_run<A>(shape.inner, [&](size_t i, auto how, int k)
+                                  FASTNORM_INLINE_LAMBDA { partial[k] += how.load(sums + c * shape.inner + i); });
+      sums[c] = static_cast<A>(total<A>(combined(partial)));
+    }
+  }
+
+  // A block's channels [w, w + n) of those that fit kWidth.
+  size_t block_channels() const { return kWidth / shape.inner; }
+
+  // Adds rows [0, rows) to `count` sums by column, `together` rows at a time: as many streams for the prefetcher, and
+  // the sums are read and written once for all of them. add(at, c, how, sums): the vector at offset `at`, column c.
+  template <size_t together, size_t count, class F>
+  FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, A* const (&sums)[count], const F& add) {
+    size_t r = 0;
+    for (; r + together <= rows; r += together)
+      for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+        Vector<A> even[count], odd[count] = {};
+#pragma GCC unroll 2
+        for (size_t k = 0; k < count; ++k) even[k] = how.load(sums[k] + c);
+#pragma GCC unroll 8
+        for (size_t j = 0; j < together; ++j) add((r + j) * stride + c, c, how, j % 2 == 0 ? even : odd);
+#pragma GCC unroll 2
+        for (size_t k = 0; k < count; ++k) put(sums[k] + c, even[k] + odd[k], how);
+      });
+    for (; r < rows; ++r)
+      for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+        Vector<A> sum[count];
+#pragma GCC unroll 2
+        for (size_t k = 0; k < count; ++k) sum[k] = how.load(sums[k] + c);
+        add(r * stride + c, c, how, sum);
+#pragma GCC unroll 2
+        for (size_t k = 0; k < count; ++k) put(sums[k] + c, sum[k], how);
+      });
+  }
+
+  // Sums of all rows of a block of n channels: folded rows, then those left over, then the sum over a channel's
+  // columns.
+  template <size_t together, size_t count, class F>
+  FASTNORM_INLINE void sum_block(const Unit& u, size_t n, A* const (&sums)[count], const F& add) const {
+    const size_t folded = u.rows / cut.fold, done = folded * cut.fold * row_length();
+    for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], spread_length(n), A{});
+    sum_rows<together>(folded, row_length() * cut.fold, spread_length(n), sums, add);
+    sum_rows<together>(u.rows % cut.fold, row_length(), n * shape.inner, sums,
+                       [&](size_t at, size_t c, auto how, auto& sum)
+                           FASTNORM_INLINE_LAMBDA { add(done + at, c, how, sum); });
+    for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
+  }
+
+  // A value near each channel's mean, for a channel's first block: the mean of its first run, or of its first rows.
+  void first_pivots(const T* block, size_t rows, size_t n, A* pivots, A* sums) const {
+    if (shape.inner > 1) {
+      for (size_t c = 0; c < n; ++c) pivots[c] = pivot_of(block + c * shape.inner, shape.inner)[0];
+      return;
+    }
+    const size_t some = std::min(rows, kPivotRows);
+    for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivots + c, how.load(block + c), how); });
+    std::fill_n(sums, n, A{});
+    sum_rows<kPivotRows>(some, row_length(), n, {sums},
+                         [&](size_t at, size_t c, auto how, auto& sum)
+                             FASTNORM_INLINE_LAMBDA { sum[0] += how.load(block + at) - how.load(pivots + c); });
+    const A share = A{1} / static_cast<A>(some);
+    for (size_t c = 0; c < n; ++c) pivots[c] += sums[c] * share;
+  }
+
+  // From sums of d and d^2 to the mean of d and m2, in place; m2 is -1 where it cancels. Returns whether one does.
+  static bool settle(A* sums, A* squares, size_t n, double count) {
+    const Vector<A> share = broadcast(static_cast<A>(1.0 / count)), half = broadcast(A(0.5)),
+                    largest = broadcast(std::numeric_limits<A>::max());
+    Indices<A> any{};
+    for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> sum = how.load(sums + c), square = how.load(squares + c), mean = sum * share,
+                      off_pivot = sum * mean;
+      const Indices<A> kept = (off_pivot <= half * square) & (off_pivot <= largest);
+      any |= ~kept;
+      put(sums + c, mean, how);
+      put(squares + c, kept ? square - off_pivot : broadcast(A(-1)), how);
+    });
+    for (size_t lane = 0; lane < kLanes<A>; ++lane)
+      if (any[lane] != 0) return true;
+    return false;
+  }
+
+  // As `block_moments`, for all channels of a slab at once.
+  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
+    A *sums = workspace, *squares = workspace + kWidth, *pivots = workspace + 2 * kWidth,
+      *near = workspace + 3 * kWidth, *again = workspace + 4 * kWidth;
+    double before = 0;
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      const double more = static_cast<double>(u.rows * shape.inner), share = more / (before + more);
+      for (size_t w = c0; w < c1; w += block_channels()) {
+        const size_t n = std::min(block_channels(), c1 - w);
+        const T* block = x + u.row * row_length() + w * shape.inner;
+        double *to_mean = mean + (w - c0), *to_m2 = m2 + (w - c0);
+        if (before == 0)
+          first_pivots(block, u.rows, n, near, sums);
+        else
+          for (size_t c = 0; c < n; ++c) near[c] = static_cast<A>(to_mean[c]);
+        std::copy_n(near, n, pivots);
+        spread(pivots, n);
+        sum_block<8>(u, n, {sums, squares}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+          const Vector<A> d = how.load(block + at) - how.load(pivots + c);
+          sum[0] += d;
+          sum[1] = mul_add(d, d, sum[1]);
+        });
+        if (settle(sums, squares, n, more)) {
+          // The second pass, taken over by the channels that need it.
+          for (size_t c = 0; c < n; ++c) pivots[c] = near[c] + sums[c];
+          spread(pivots, n);
+          sum_block<8>(u, n, {again}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+            const Vector<A> d = how.load(block + at) - how.load(pivots + c);
+            sum[0] = mul_add(d, d, sum[0]);
+          });
+          for (size_t c = 0; c < n; ++c) {
+            if (squares[c] >= 0) continue;
+            const double block_mean = static_cast<double>(near[c]) + static_cast<double>(sums[c]);
+            const double rest = block_mean - static_cast<double>(near[c] + sums[c]);
+            squares[c] = static_cast<A>(std::max(0.0, static_cast<double>(again[c]) - more * rest * rest));
+          }
+        }
+        if (before == 0) {
+          for (size_t c = 0; c < n; ++c) {
+            to_mean[c] = static_cast<double>(near[c]) + static_cast<double>(sums[c]);
+            to_m2[c] = static_cast<double>(squares[c]);
+          }
+        } else {
+          for (size_t c = 0; c < n; ++c) {
+            const double delta = static_cast<double>(near[c]) + static_cast<double>(sums[c]) - to_mean[c];
+            to_mean[c] += delta * share;
+            to_m2[c] += static_cast<double>(squares[c]) + delta * delta * (before * share);
+          }
+        }
+      }
+      before += more;
+    }
+  }
+
+  // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g; `centres` is spread.
+  void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
+              double* sum_dyx, A* workspace) const {
+    A *grads = workspace, *products = workspace + kWidth;
+    std::fill_n(sum_dy, c1 - c0, 0.0);
+    std::fill_n(sum_dyx, c1 - c0, 0.0);
+    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t w = c0; w < c1; w += block_channels()) {
+        const size_t n = std::min(block_channels(), c1 - w);
+        const A* centre = centres + (w - c0) * shape.inner;
+        const size_t block = u.row * row_length() + w * shape.inner;
+        sum_block<4>(u, n, {grads, products}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+          const Vector<A> grad = how.load(dy + block + at);
+          sum[0] += grad;
+          sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
+        });
+        for (size_t c = 0; c < n; ++c) {
+          sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
+          sum_dyx[w - c0 + c] += static_cast<double>(products[c]);
+        }
+      }
+    }
+  }
+
+  // run(offset, n) for group g's rows of channels [c0, c1), `fold` rows at a time.
+  template <class F>
+  FASTNORM_INLINE void over_rows(size_t g, size_t c0, size_t c1, const F& run) const {
+    const size_t last = last_row(g), n = (c1 - c0) * shape.inner;
+    for (size_t r = first_row(g); r < last; r += cut.fold)
+      run(r * row_length() + c0 * shape.inner, n * std::min(cut.fold, last - r));
+  }
+
+  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
+             size_t ahead) const {
+    Writer<T> writer(past_cache);
+    over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
+      writer.run(y + at, n, Ahead<T, 1>{{x + at + ahead}}, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+        return mul_add(how.load(x + at + c) - how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c));
+      });
+    });
+  }
+
+  void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
+                      bool past_cache, size_t ahead) const {
+    Writer<T> writer(past_cache);
+    over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
+      writer.run(dx + at, n, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
+                 [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+                   const Vector<A> centred = how.load(x + at + c) - how.load(k.centre + c);
+                   return how.load(k.scale + c) *
+                          mul_add(centred, how.load(k.descent + c), how.load(dy + at + c) - how.load(k.shift + c));
+                 });
+    });
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_LEVEL
