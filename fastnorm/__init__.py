@@ -2,6 +2,7 @@
 
 from fastnorm._config import show_config
 from fastnorm._dispatch import BackendInfo, BackendUnavailableError, backends, use_backend
+from fastnorm._memory import OutputPool, clear_output_pool, output_pool, set_output_pool
 from fastnorm._threads import get_num_threads, set_num_threads
 from fastnorm.ops.alt import batchnorm_backward_alt, layernorm_backward_alt
 from fastnorm.ops.batchnorm import (
@@ -27,6 +28,7 @@ __all__ = [
     "BackendInfo",
     "BackendUnavailableError",
     "Moments",
+    "OutputPool",
     "backends",
     "batchnorm_backward",
     "batchnorm_backward_alt",
@@ -35,6 +37,7 @@ __all__ = [
     "batchnorm_backward_staged",
     "batchnorm_forward",
     "batchnorm_forward_staged",
+    "clear_output_pool",
     "get_num_threads",
     "layernorm_backward",
     "layernorm_backward_alt",
@@ -43,7 +46,9 @@ __all__ = [
     "layernorm_forward_staged",
     "moments",
     "normalize",
+    "output_pool",
     "set_num_threads",
+    "set_output_pool",
     "show_config",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",

@@ -7,9 +7,16 @@ import os
 import platform
 from typing import Any, Literal, overload
 
-from fastnorm import _dispatch, _threads
+from fastnorm import _dispatch, _memory, _threads
 
-ENVIRONMENT = ("FASTNORM_BACKEND", "FASTNORM_NUM_THREADS", "FASTNORM_ISA", "OMP_NUM_THREADS", "NUMBA_THREADING_LAYER")
+ENVIRONMENT = (
+    "FASTNORM_BACKEND",
+    "FASTNORM_NUM_THREADS",
+    "FASTNORM_ISA",
+    "FASTNORM_OUTPUT_POOL",
+    "OMP_NUM_THREADS",
+    "NUMBA_THREADING_LAYER",
+)
 
 
 def _version(distribution: str) -> str | None:
@@ -57,6 +64,7 @@ def _gather() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "extension": _extension(),
         "threads": _threads.get_num_threads(),
+        "output pool": _memory.output_pool()._asdict(),
         "backends": {row.name: row.reason or "available" for row in _dispatch.backends()},
         "default backend": _default_backend(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},

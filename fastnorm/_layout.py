@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastnorm._memory import empty, empty_like
+
 Array = np.ndarray[Any, Any]
 Axes = tuple[int, ...]
 
@@ -217,9 +219,9 @@ def buffers(
         views = [_view(array, dtype, view_of, axes) for array in inputs]
         own = views[-1]
         if own is not None and dtype == out_dtype and all(v is own or (v and v.memory == own.memory) for v in views):
-            out = np.empty_like(x)  # the common case: everything dense and alike, the result in x's own order
+            out = empty_like(x)  # the common case: everything dense and alike, the result in x's own order
             return Buffers(own, inputs, out, out)
-        out = np.empty_like(x, dtype=out_dtype, subok=False)
+        out = empty_like(x, out_dtype)
     work = out
     view = _view(work, dtype, view_of, axes)
     if view is None:
@@ -229,7 +231,7 @@ def buffers(
     for array in inputs:
         found = _view(array, dtype, view_of, axes)
         if found is None or found.memory != view.memory:
-            target = np.empty_like(work) if work_taken else work
+            target = empty_like(work) if work_taken else work
             work_taken = True
             np.copyto(target, array, casting="unsafe")
             array = target
@@ -249,7 +251,7 @@ def readable(inputs: tuple[Array, ...], dtype: np.dtype[Any], view_of: ViewOf, a
     for array in inputs[:-1]:
         found = _view(array, dtype, view_of, axes)
         if found is None or found.memory != view.memory:
-            packed = np.empty_like(x)
+            packed = empty_like(x)
             np.copyto(packed, array, casting="unsafe")
             array = packed
         ready.append(array)
@@ -266,7 +268,7 @@ def _dense_like(x: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> 
         back = [candidate.index(axis) for axis in range(x.ndim)]
         view = view_of(x.shape, tuple(strides[position] for position in back), dtype.itemsize, axes)
         if view is not None:
-            return np.empty(lengths, dtype).transpose(back), view
+            return empty(lengths, dtype).transpose(back), view
     raise AssertionError("the given axes last are always adjacent")
 
 

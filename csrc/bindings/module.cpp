@@ -12,6 +12,8 @@
 
 namespace py = pybind11;
 
+void register_memory(py::module_& m);  // memory.cpp
+
 namespace {
 
 using fastnorm::ChannelShape;
@@ -222,4 +224,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   register_channel(m);
   register_row(m);
   register_machine(m);
+  register_memory(m);
 }

@@ -27,6 +27,7 @@ import numpy as np
 from fastnorm import _layout
 from fastnorm._dispatch import kernels
 from fastnorm._layout import Array
+from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
 from fastnorm.ops._arguments import Cache
 
@@ -68,7 +69,7 @@ def batchnorm_forward(
         options = _arguments.batchnorm_options(bn_param, channels)
         accumulation = _layout.accumulation_dtype(x.dtype)
         source, scale, shift = x, gamma, beta
-        out = work = np.empty_like(x)
+        out = work = empty_like(x)
         in_place = False
     else:
         x, axes, channels = _arguments.batchnorm_x(x, axis)
@@ -82,7 +83,7 @@ def batchnorm_forward(
             others = {"x": x, "gamma": gamma, "beta": beta, **running}
             out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if options.frozen else None)
         if x.size == 0:
-            result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
+            result = empty_like(x, dtype) if out is None else out
             mean, var = _arguments.constants(options) if options.frozen else (np.zeros(channels), np.zeros(channels))
             return result, Cache("batchnorm", x, gamma, beta, mean, var, options.eps, axes, options.frozen)
         in_place = out is not None and _layout.same_elements(out, x)
@@ -137,7 +138,7 @@ def batchnorm_backward(
     channels = mean.size
     if x.size == 0:
         sum_dout = sum_dout_xhat = np.zeros(channels)
-        dx = np.empty_like(x, dtype=x_dtype, subok=False) if out is None else out
+        dx = empty_like(x, x_dtype) if out is None else out
     else:
         sum_dout, sum_dout_xhat = np.empty(channels), np.empty(channels)
         plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes)
@@ -202,7 +203,7 @@ def batchnorm_backward_apply(
     if out is not None:
         out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
     if x.size == 0:
-        return np.empty_like(x, dtype=x_dtype, subok=False) if out is None else out
+        return empty_like(x, x_dtype) if out is None else out
     plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, axes)
     grad, source = plan.inputs
     outer, _, inner = plan.view.sizes

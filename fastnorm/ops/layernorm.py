@@ -27,6 +27,7 @@ import numpy as np
 from fastnorm import _layout
 from fastnorm._dispatch import kernels
 from fastnorm._layout import Array
+from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
 from fastnorm.ops._arguments import Cache
 
@@ -61,7 +62,7 @@ def layernorm_forward(
     if out is None and type(axis) is int and axis == -1 and _layout.plain(x, gamma, beta, -1):
         cols = x.shape[-1]
         rows = x.size // cols
-        out, mean, var = np.empty_like(x), np.empty(rows), np.empty(rows)
+        out, mean, var = empty_like(x), np.empty(rows), np.empty(rows)
         table.row_forward(x, rows, cols, gamma, beta, eps, out, mean, var)
         return out, Cache("layernorm", x, gamma, beta, mean, var, eps, (x.ndim - 1,), False)
 
@@ -75,7 +76,7 @@ def layernorm_forward(
         out = _layout.checked_out(out, x.shape, dtype, {"x": x, "gamma": gamma, "beta": beta})
 
     if x.size == 0:
-        result = np.empty_like(x, dtype=dtype, subok=False) if out is None else out
+        result = empty_like(x, dtype) if out is None else out
         zeros = np.zeros(math.prod(x.shape[:first]))
         return result, Cache("layernorm", x, gamma, beta, zeros, zeros, eps, axes, False)
 
@@ -129,7 +130,7 @@ def layernorm_backward(
     if x.size == 0:
         cols = math.prod(x.shape[first:])
         sum_dout = sum_dout_xhat = np.zeros(cols)
-        dx = np.empty_like(x, dtype=x_dtype, subok=False) if out is None else out
+        dx = empty_like(x, x_dtype) if out is None else out
     else:
         plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.row_view, axes)
         view, lengths = plan.view, x.shape[first:]

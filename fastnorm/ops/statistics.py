@@ -19,6 +19,7 @@ import numpy as np
 from fastnorm import _layout
 from fastnorm._dispatch import kernels
 from fastnorm._layout import Array, Axes
+from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
 
 
@@ -125,7 +126,7 @@ def normalize(
         others = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
         out = _layout.checked_out(out, x.shape, dtype, others, may_be=x)
     if x.size == 0:
-        return np.empty_like(x, dtype=dtype, subok=False) if out is None else out
+        return empty_like(x, dtype) if out is None else out
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
     view = plan.view
     lengths = tuple(x.shape[axis] for axis in axes)
