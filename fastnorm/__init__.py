@@ -3,6 +3,7 @@
 from fastnorm._config import show_config
 from fastnorm._dispatch import BackendInfo, BackendUnavailableError, backends, use_backend
 from fastnorm._memory import OutputPool, clear_output_pool, output_pool, set_output_pool
+from fastnorm._plan import Plan, plan
 from fastnorm._threads import get_num_threads, set_num_threads
 from fastnorm.ops.alt import batchnorm_backward_alt, layernorm_backward_alt
 from fastnorm.ops.batchnorm import (
@@ -29,6 +30,7 @@ __all__ = [
     "BackendUnavailableError",
     "Moments",
     "OutputPool",
+    "Plan",
     "backends",
     "batchnorm_backward",
     "batchnorm_backward_alt",
@@ -47,6 +49,7 @@ __all__ = [
     "moments",
     "normalize",
     "output_pool",
+    "plan",
     "set_num_threads",
     "set_output_pool",
     "show_config",

@@ -11,14 +11,14 @@ def _default() -> int:
         text = os.environ.get(variable, "").split(",")[0].strip()
         if text:
             try:
-                return _checked(int(text), variable)
+                return checked(int(text), variable)
             except ValueError:
                 if variable == "FASTNORM_NUM_THREADS":
                     raise ValueError(f"{variable}: expected a whole number from 1, got {text!r}") from None
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _checked(count: int, name: str = "count") -> int:
+def checked(count: int, name: str = "count") -> int:
     if isinstance(count, bool) or not hasattr(count, "__index__"):
         raise TypeError(f"{name}: expected a whole number of threads, got {count!r}")
     if not 1 <= count <= 1024:
@@ -44,7 +44,7 @@ def set_num_threads(count: int) -> None:
     Raises TypeError if count is no whole number, ValueError if it is outside 1..1024.
     """
     global _count
-    _count = _checked(count)
+    _count = checked(count)
     for listener in _listeners:
         listener(_count)
 

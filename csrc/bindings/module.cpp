@@ -174,7 +174,48 @@ size_t common_floats(Array a, Array b) {
   return static_cast<size_t>(a.nbytes()) / sizeof(float);
 }
 
+// Plans as dictionaries, distances in bytes.
+void register_plan(py::module_& m) {
+  m.def("plan_channels", [](size_t outer, size_t channels, size_t inner, size_t itemsize, size_t arrays, int threads) {
+    const ChannelShape shape{outer, channels, inner};
+    const fastnorm::Cut cut = fastnorm::cut_channels(shape);
+    const fastnorm::ChannelPlan plan = fastnorm::plan_channels(shape, itemsize, arrays, threads);
+    const bool last = plan.slab >= channels;
+    py::dict result;
+    result["side_by_side"] = cut.side_by_side;
+    result["fold"] = cut.fold;
+    result["groups"] = cut.groups;
+    result["team"] = plan.team;
+    result["slab"] = plan.slab;
+    result["slab_bytes"] = plan.slab * outer * inner * itemsize * arrays;
+    result["stream"] = plan.stream;
+    result["ahead"] = (last ? fastnorm::kReadAhead : plan.slab * inner) * itemsize;
+    result["passes"] = plan.passes;
+    return result;
+  });
+  m.def("plan_rows", [](size_t rows, size_t cols, size_t itemsize, size_t arrays, int threads) {
+    const fastnorm::RowPlan plan = fastnorm::plan_rows(RowShape{rows, cols}, itemsize, arrays, threads);
+    py::dict result;
+    result["side_by_side"] = false;
+    result["fold"] = 1;
+    result["groups"] = (cols + fastnorm::kChunk - 1) / fastnorm::kChunk;
+    result["team"] = plan.team;
+    result["slab"] = plan.rows;
+    result["slab_bytes"] = plan.rows * cols * itemsize * arrays;
+    result["stream"] = plan.stream;
+    result["ahead"] = plan.ahead * itemsize;
+    result["passes"] = plan.passes;
+    return result;
+  });
+}
+
 void register_machine(py::module_& m) {
+  m.def("stream_read", [](Array src) {
+    const size_t n = common_floats(src, src);
+    const auto* from = static_cast<const float*>(src.data());
+    const py::gil_scoped_release release;
+    fastnorm::kernels().stream_read(from, n);
+  });
   m.def("stream_copy", [](Array src, py::array dst) {
     const size_t n = common_floats(src, dst);
     const auto* from = static_cast<const float*>(src.data());
@@ -223,6 +264,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   }
   register_channel(m);
   register_row(m);
+  register_plan(m);
   register_machine(m);
   register_memory(m);
 }

@@ -61,10 +61,6 @@ struct ParallelLoop {
   }
 };
 
-// Elements below which waking threads costs more than it saves: a parallel region takes 3 us, a core goes over
-// this many float32 in 10.
-constexpr size_t kSerial = 1 << 16;
-
 // One channel-family call: which of the four passes run, on what.
 template <class Geometry, class T>
 struct ChannelCall {
@@ -232,9 +228,7 @@ struct Channel {
   static void call(ChannelShape shape, size_t arrays, const T* dy, const T* x, double* mean, double* var, double eps,
                    const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, double divisor, T* out,
                    Passes passes) {
-    const bool small = shape.outer * shape.channels * shape.inner < kSerial;
-    const ChannelPlan plan =
-        small ? ChannelPlan{shape.channels, false, false} : plan_channels(shape, sizeof(T), arrays, num_threads());
+    const ChannelPlan plan = plan_channels(shape, sizeof(T), arrays, num_threads());
     with_geometry<T>(shape, [&](auto geometry) {
       const ChannelCall<decltype(geometry), T> call{
           geometry, plan,        dy,      x,  mean, var, eps, static_cast<const A*>(gamma), static_cast<const A*>(beta),

@@ -45,7 +45,8 @@ struct Kernels {
                       double* mean, double* var);
   void (*row_backward)(DType, const void* dy, const void* x, RowShape, const double* mean, const double* var,
                        double eps, const void* gamma, void* dx, double* dgamma, double* dbeta);
-  // The memory roof: dst = src and dst = a + b on floats, with streaming stores.
+  // The memory roof: a sum that is thrown away; dst = src and dst = a + b on floats, with streaming stores.
+  void (*stream_read)(const float* src, std::size_t n);
   void (*stream_copy)(const float* src, float* dst, std::size_t n);
   void (*stream_add)(const float* a, const float* b, float* dst, std::size_t n);
 };

@@ -8,6 +8,21 @@
 
 namespace fastnorm {
 
+// Elements below which waking threads costs more than it saves: a parallel region takes 3 us, a core goes over
+// this many float32 in 10.
+constexpr std::size_t kSerial = 1 << 16;
+// Elements from a line being written to the one being fetched, in the same stream, where no next slab or row is
+// known. (Fetching the line just being read instead took a (40000, 512) apply from 3.7 to 5.7 ms on one core; of 0,
+// 256 and 1024 elements 256 was the fastest, backward 7.4 ms against 9.2 with 0.)
+constexpr std::size_t kReadAhead = 256;
+
+// Rows, backward: swept together, so that column sums are read and written once for all of them;
+constexpr std::size_t kSweep = 4;
+// whose column sums are accumulated in the accumulation dtype before they go to double;
+constexpr std::size_t kTaskRows = 128;
+// columns beyond which threads share rows.
+constexpr std::size_t kLongRow = 32768;
+
 struct Caches {
   std::size_t l2;  // bytes of one core
   std::size_t l3;  // bytes shared by all
@@ -46,13 +61,26 @@ struct Cut {
 Cut cut_channels(ChannelShape shape);
 
 struct ChannelPlan {
-  std::size_t slab;  // channels whose second pass should find their data in cache
-  bool team;         // all threads on one slab, split by groups; else a slab a thread
-  bool stream;       // stores bypass the cache
+  std::size_t slab;    // channels whose second pass should find their data in cache
+  bool team;           // all threads on one slab, split by groups; else a slab a thread
+  bool stream;         // stores bypass the cache
+  std::size_t passes;  // times that each input comes from memory: 2 where no slab fits a cache
 };
 
 // `arrays` is the number of arrays read: 1 forward, 2 backward.
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
+
+struct RowPlan {
+  bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
+  std::size_t rows;    // that go through all passes before the next ones
+  std::size_t task;    // rows a task
+  std::size_t before;  // forward: rows whose moments are taken before a row is written
+  std::size_t ahead;   // elements from those being written to those being fetched
+  bool stream;
+  std::size_t passes;
+};
+
+RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
 // Whether an output of this many bytes is better stored past the cache.
 bool streams(std::size_t bytes);

@@ -34,24 +34,6 @@ template <class T>
 struct Row {
   using A = Acc<T>;
 
-  // Columns beyond which a row's sums are cut up for the backward, and threads share rows.
-  static constexpr size_t kLongRow = 32768;
-  // Rows whose moments are taken before a row is written, as long as they are this many bytes at most and stay in
-  // a first-level cache. Two, on one core: (65536, 128) 2.28 to 1.74 ms; one, four: the same; eight: 2.1.
-  static constexpr size_t kRowsBefore = 2;
-  static constexpr size_t kBytesBefore = size_t{8} << 10;
-  // Bytes from a row being written to the one being fetched, at least. On one core: (16384, 1024) 3.8 to 3.2 ms.
-  static constexpr size_t kFetchBytes = size_t{16} << 10;
-  // Bytes of rows that one task of the forward takes.
-  static constexpr size_t kRowBlock = size_t{1} << 20;
-  // Rows whose column sums are accumulated in the accumulation dtype before they go to double.
-  static constexpr size_t kTaskRows = 128;
-  // Rows swept together, so that column sums are read and written once for all of them.
-  static constexpr size_t kSweep = 4;
-  // Bytes of dy and x between the two passes over long rows; decides the order of summation, so no cache
-  // size enters.
-  static constexpr size_t kLongBlock = size_t{8} << 20;
-
   // ---- forward ----
 
   FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, double mean, double var,
@@ -72,16 +54,14 @@ struct Row {
     const ChannelShape as_channels{1, shape.rows, shape.cols};
     const Runs<T> runs{as_channels, cut_channels(as_channels)};
     const size_t groups = runs.cut.groups;
-    const bool past_cache = streams(shape.rows * shape.cols * sizeof(T));
+    const RowPlan plan = plan_rows(shape, sizeof(T), 1, num_threads());
 
     const auto keep = [&](size_t row, const Moments& m) {
       mean[row] = m.mean;
       var[row] = variance(m);
     };
 
-    const bool few = shape.rows < 4 * static_cast<size_t>(num_threads());
-    const bool long_row = shape.cols * sizeof(T) > caches().l3 / 2 / static_cast<size_t>(num_threads());
-    if (shape.rows * shape.cols >= kSerial && groups > 1 && (few || long_row)) {  // all threads on one row
+    if (plan.team) {
       const Workspace<Moments> partial(groups);
       const size_t per_group = runs.cut.per_group * runs.cut.piece;
       for (size_t row = 0; row < shape.rows; ++row) {
@@ -91,17 +71,17 @@ struct Row {
         keep(row, m);
         parallel_for(groups, [&](size_t i, int) {
           const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
-          Writer<T> writer(past_cache);
+          Writer<T> writer(plan.stream);
           apply(writer, x + row * shape.cols, y + row * shape.cols, k0, std::min(shape.cols, k0 + per_group), m.mean,
-                var[row], eps, gamma, beta, row + 1 < shape.rows ? shape.cols : kReadAhead);
+                var[row], eps, gamma, beta, row + 1 < shape.rows ? plan.ahead : kReadAhead);
         });
       }
       return;
     }
-    over_rows(shape, [&](size_t first, size_t last) {
-      Writer<T> writer(past_cache);
+    over_rows(shape, plan, [&](size_t first, size_t last) {
+      Writer<T> writer(plan.stream);
       if (runs.cut.units == 1) {
-        short_rows_forward(writer, x, shape.cols, first, last, gamma, beta, eps, y, mean, var);
+        short_rows_forward(writer, x, shape.cols, first, last, plan, gamma, beta, eps, y, mean, var);
         return;
       }
       for (size_t row = first; row < last; ++row) {
@@ -109,7 +89,7 @@ struct Row {
         for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
         keep(row, m);
         apply(writer, x + row * shape.cols, y + row * shape.cols, 0, shape.cols, m.mean, var[row], eps, gamma, beta,
-              row + 1 < last ? shape.cols : kReadAhead);
+              row + 1 < last ? plan.ahead : kReadAhead);
       }
     });
   }
@@ -117,31 +97,26 @@ struct Row {
   // Rows of one block each. The sum of a vector's lanes, a division, a square root are each a long wait: a row's
   // moments are taken while rows before it are still to be written.
   static void short_rows_forward(Writer<T>& writer, const T* x, size_t cols, size_t first, size_t last,
-                                 const Parameter<A>& gamma, const Parameter<A>& beta, double eps, T* y, double* mean,
-                                 double* var) {
+                                 const RowPlan& plan, const Parameter<A>& gamma, const Parameter<A>& beta, double eps,
+                                 T* y, double* mean, double* var) {
     const auto measure = [&](size_t row) FASTNORM_INLINE_LAMBDA {
       const Moments m = block_moments(x + row * cols, 1, cols, cols);
       mean[row] = m.mean;
       var[row] = variance(m);
     };
-    const size_t before = std::min(kRowsBefore, kBytesBefore / (cols * sizeof(T)));
-    const size_t fetched = std::max(before + 1, kFetchBytes / (cols * sizeof(T)));
-    for (size_t row = first; row < std::min(last, first + before); ++row) measure(row);
+    for (size_t row = first; row < std::min(last, first + plan.before); ++row) measure(row);
     for (size_t row = first; row < last; ++row) {
-      if (row + before < last) measure(row + before);
+      if (row + plan.before < last) measure(row + plan.before);
       apply(writer, x + row * cols, y + row * cols, 0, cols, mean[row], var[row], eps, gamma, beta,
-            row + fetched < last ? fetched * cols : kReadAhead);
+            row * cols + plan.ahead < last * cols ? plan.ahead : kReadAhead);
     }
   }
 
   // task(first, last) for blocks of rows, in parallel.
   template <class F>
-  static void over_rows(RowShape shape, F task) {
-    const size_t bytes = shape.rows * shape.cols * sizeof(T);
-    const size_t share = std::min(kRowBlock, bytes / (4 * static_cast<size_t>(num_threads())));
-    const size_t block = std::max<size_t>(1, share / (shape.cols * sizeof(T)));
-    const auto run = [&](size_t i, int) { task(i * block, std::min(shape.rows, (i + 1) * block)); };
-    const size_t count = (shape.rows + block - 1) / block;
+  static void over_rows(RowShape shape, const RowPlan& plan, F task) {
+    const auto run = [&](size_t i, int) { task(i * plan.task, std::min(shape.rows, (i + 1) * plan.task)); };
+    const size_t count = (shape.rows + plan.task - 1) / plan.task;
     if (shape.rows * shape.cols < kSerial)
       SerialLoop{0}(count, run);
     else
@@ -228,17 +203,16 @@ struct Row {
 
   // Rows that fit a core's cache: a task takes some rows and keeps column sums of its own.
   static void short_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
-                         const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, bool past_cache) {
+                         const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
     const size_t cols = shape.cols;
-    const size_t per_task = std::min(kTaskRows, std::max(kSweep, (shape.rows + 31) / 32));
-    const size_t tasks = (shape.rows + per_task - 1) / per_task;
+    const size_t tasks = (shape.rows + plan.task - 1) / plan.task;
     const Workspace<A> sums(2 * tasks * cols);
     const auto one = [&](size_t task, int) {
       A *gamma_sum = sums.data() + 2 * task * cols, *beta_sum = gamma_sum + cols;
       std::fill_n(gamma_sum, 2 * cols, A{});
-      const size_t last = std::min(shape.rows, (task + 1) * per_task);
-      Writer<T> writer(past_cache);
-      for (size_t row = task * per_task; row < last;) {
+      const size_t last = std::min(shape.rows, (task + 1) * plan.task);
+      Writer<T> writer(plan.stream);
+      for (size_t row = task * plan.task; row < last;) {
         Known rows[kSweep];
         Sums along[kSweep] = {};
         const size_t left = last - row;
@@ -247,7 +221,7 @@ struct Row {
         const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
         for (size_t r = 0; r < done; ++r)
           write_dx(writer, dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r],
-                   gamma, row + done < last ? done * cols : kReadAhead);
+                   gamma, row + done < last ? plan.ahead : kReadAhead);
         row += done;
       }
     };
@@ -275,14 +249,12 @@ struct Row {
   // Long rows: all threads on a block of rows, first the sums along the rows, then dx, piece by piece.
   // Column sums need no partial copies, since a piece's columns belong to one task.
   static void long_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
-                        const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, bool past_cache) {
+                        const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
     const size_t cols = shape.cols;
     const size_t pieces = (cols + kChunk - 1) / kChunk;
-    const size_t in_block = std::max<size_t>(1, kLongBlock / (2 * cols * sizeof(T)) / kSweep) * kSweep;
-    const size_t block_rows = std::min(in_block, shape.rows);
-    const Workspace<Sums> partial(block_rows * pieces);
-    const Workspace<Known> rows(block_rows);
-    const Workspace<Sums> along(block_rows);
+    const Workspace<Sums> partial(plan.rows * pieces);
+    const Workspace<Known> rows(plan.rows);
+    const Workspace<Sums> along(plan.rows);
     const Workspace<A> columns(2 * cols);
     A *gamma_sums = columns.data(), *beta_sums = gamma_sums + cols;
     std::fill_n(gamma_sums, 2 * cols, A{});
@@ -291,8 +263,8 @@ struct Row {
       std::fill_n(dbeta, cols, 0.0);
     }
     size_t summed = 0;  // rows in gamma_sums and beta_sums
-    for (size_t first = 0; first < shape.rows; first += block_rows) {
-      const size_t n = std::min(block_rows, shape.rows - first);
+    for (size_t first = 0; first < shape.rows; first += plan.rows) {
+      const size_t n = std::min(plan.rows, shape.rows - first);
       for (size_t r = 0; r < n; ++r) rows.data()[r] = known(mean[first + r], var[first + r], eps);
       summed += n;
       const bool full = summed >= kTaskRows || first + n == shape.rows;
@@ -324,10 +296,10 @@ struct Row {
       }
       parallel_for(pieces, [&](size_t i, int) {
         const size_t k0 = (pieces - 1 - i) * kChunk, k1 = std::min(cols, k0 + kChunk);
-        Writer<T> writer(past_cache);
+        Writer<T> writer(plan.stream);
         for (size_t r = n; r-- > 0;) {
           const size_t at = (first + r) * cols;
-          write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, kReadAhead);
+          write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, plan.ahead);
         }
       });
     }
@@ -336,9 +308,9 @@ struct Row {
   static void backward(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
                        const void* gamma_given, T* dx, double* dgamma, double* dbeta) {
     const Parameter<A> gamma(gamma_given, A{1});
-    const bool past_cache = streams(shape.rows * shape.cols * sizeof(T));
-    const auto pass = shape.cols > kLongRow ? long_rows : short_rows;
-    pass(dy, x, shape, mean, var, eps, gamma, dx, dgamma, dbeta, past_cache);
+    const RowPlan plan = plan_rows(shape, sizeof(T), 2, num_threads());
+    const auto pass = plan.team ? long_rows : short_rows;
+    pass(dy, x, shape, mean, var, eps, gamma, dx, dgamma, dbeta, plan);
   }
 };
 

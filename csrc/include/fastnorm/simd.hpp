@@ -294,13 +294,9 @@ struct Part {
 };
 
 // Lines of inputs to fetch while an output is written: those that the next slab or row will read. A store
-// past the cache leaves the load ports idle; reading ahead meanwhile hides the next first pass.
-//
-// `ahead` is that distance in elements; kReadAhead, in the stream itself, where no next slab is known. (Fetching
-// the line just being read instead took a (40000, 512) apply from 3.7 to 5.7 ms on one core; of 0, 256 and 1024
-// elements 256 was the fastest, backward 7.4 ms against 9.2 with 0.)
-constexpr size_t kReadAhead = 256;
-
+// past the cache leaves the load ports idle; reading ahead meanwhile hides the next first pass. One array is fetched
+// into L1, two into L2: on (4096, 4096) rows the forward took 2.5 ms instead of 2.7, on (8, 64, 112, 112) the backward
+// 1.45 instead of 1.3.
 template <class T, int count>
 struct Ahead {
   const T* from[count];

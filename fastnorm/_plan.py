@@ -1,0 +1,154 @@
+"""What the C++ kernels will do with a call: how it is cut up and what it moves, as data."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fastnorm import _layout, _threads
+from fastnorm._dispatch import BackendUnavailableError
+from fastnorm.ops import _arguments
+
+_FAMILY = {"batchnorm": "channel", "layernorm": "row"}
+_DEFAULT_AXIS = {"batchnorm": 1, "layernorm": -1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call as the C++ kernels will run it. `print(plan)` gives it in words.
+
+    What decides bits (`groups`, the order of sums) follows from shape and dtype alone, the rest from the caches
+    and the number of threads as well.
+    """
+
+    op: str
+    direction: Literal["forward", "backward"]
+    dtype: str
+    sizes: tuple[int, ...]
+    """(outer, channels, inner) of batchnorm, (rows, cols) of layernorm, as they lie in memory."""
+    threads: int
+    packed: bool
+    """Whether the array has to be copied into an order of memory that kernels read."""
+    side_by_side: bool
+    """Vectors run across channels, not along one."""
+    groups: int
+    """Parts that a channel's or row's elements are summed in."""
+    slab: int
+    """Channels or rows that go through all passes before the next ones."""
+    slab_bytes: int
+    shared: bool
+    """All threads work on the same slab; else each has slabs of its own."""
+    streams: bool
+    """The result is stored past the cache."""
+    ahead: int
+    """Bytes from the line being written to the one being fetched meanwhile."""
+    reads: int
+    """Arrays of x's size read from memory. The least is 1 forward, 2 backward; twice that where no slab fits a
+    cache."""
+    writes: int
+    bytes: int
+    """Bytes that the arrays' reads and writes come to."""
+    floor: int
+    """The bytes that no implementation can avoid: each input once, the output once."""
+
+    def __str__(self) -> str:
+        family = _FAMILY[self.op]
+        names = ("outer", "channels", "inner") if family == "channel" else ("rows", "cols")
+        sizes = ", ".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True))
+        unit = "channels" if family == "channel" else "rows"
+        reads = "1 read" if self.reads == 1 else f"{self.reads} reads"
+        lines = [
+            f"{self.op} {self.direction}, {self.dtype}: {sizes}" + (", packed first" if self.packed else ""),
+            f"slab    {self.slab} {unit}, {_size(self.slab_bytes)}, "
+            + (f"shared by {self.threads} threads" if self.shared else f"one for each of {self.threads} threads"),
+            f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run"),
+            f"stores  {'past the cache' if self.streams else 'through the cache'}, fetching {_size(self.ahead)} ahead",
+            f"moves   {reads} and one write of x's size: {_size(self.bytes)}, {self.bytes / self.floor:.3g} times the least",
+        ]
+        return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GB"
+
+
+def plan(
+    op: str, x: Any, *, dtype: Any = None, axis: int | None = None,
+    direction: Literal["forward", "backward"] = "forward", threads: int | None = None,
+) -> Plan:  # fmt: skip
+    """How the C++ backend would run `<op>_<direction>` (training) on an array like x.
+
+    Parameters
+    ----------
+    op : 'batchnorm' or 'layernorm'
+    x : an array, whose shape, strides and dtype count and whose values are not looked at, or a shape
+        A shape means a C-contiguous array of `dtype`, default float32.
+    axis : the op's own; default 1 for batchnorm, -1 for layernorm.
+    direction : 'forward' or 'backward'
+    threads : default `get_num_threads()`
+
+    Returns a `Plan`. Raises ValueError or TypeError that names the argument, BackendUnavailableError without the
+    extension.
+    """
+    if op not in _FAMILY:
+        raise ValueError(f"op: expected one of {', '.join(_FAMILY)}, got {op!r}")
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"direction: expected 'forward' or 'backward', got {direction!r}")
+    threads = _threads.get_num_threads() if threads is None else _threads.checked(threads, "threads")
+    shape, strides, storage = _described(x, dtype)
+    try:
+        core: Any = importlib.import_module("fastnorm._core")
+    except ImportError as error:
+        raise BackendUnavailableError(f"plan: the extension is not available: {error}") from error
+
+    position = _layout.checked_axis(_DEFAULT_AXIS[op] if axis is None else axis, len(shape))
+    channel = _FAMILY[op] == "channel"
+    axes = (position,) if channel else tuple(range(position, len(shape)))
+    view_of = _layout.channel_view if channel else _layout.row_view
+    view = None if strides is None else view_of(shape, strides, storage.itemsize, axes)
+    packed = view is None
+    if view is None:
+        view = view_of(shape, _c_strides(shape, storage.itemsize), storage.itemsize, axes)
+        assert view is not None, "C order always has a view"
+    arrays = 1 if direction == "forward" else 2
+    size = math.prod(shape)
+    if size == 0:
+        raise ValueError(f"x: there is nothing to plan for an empty array, got shape {shape}")
+    how = (core.plan_channels if channel else core.plan_rows)(*view.sizes, storage.itemsize, arrays, threads)
+    reads = arrays * how["passes"]
+    return Plan(
+        op=op, direction=direction, dtype=storage.name, sizes=tuple(view.sizes), threads=threads, packed=packed,
+        side_by_side=how["side_by_side"], groups=how["groups"], slab=how["slab"], slab_bytes=how["slab_bytes"],
+        shared=how["team"], streams=how["stream"], ahead=how["ahead"], reads=reads, writes=1,
+        bytes=(reads + 1) * size * storage.itemsize, floor=(arrays + 1) * size * storage.itemsize,
+    )  # fmt: skip
+
+
+def _described(x: Any, dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None, np.dtype[Any]]:
+    """Shape, strides (None where a kernel cannot address the memory as it is) and storage dtype."""
+    if isinstance(x, np.ndarray):
+        if dtype is not None:
+            raise TypeError("dtype: goes with a shape; an array has its own")
+        storage = _layout.storage_dtype("x", x)
+        direct = x.dtype == storage and x.flags.aligned
+        return x.shape, x.strides if direct else None, storage
+    try:
+        shape = tuple(int(n) for n in x)
+    except TypeError:
+        raise TypeError(f"x: expected an array or a shape, got {_arguments.described(x)}") from None
+    if any(n < 0 for n in shape):
+        raise ValueError(f"x: a shape has no negative lengths, got {shape}")
+    storage = _layout.storage_dtype("dtype", np.empty(0, np.float32 if dtype is None else dtype))
+    return shape, _c_strides(shape, storage.itemsize), storage
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))

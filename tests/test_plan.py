@@ -1,0 +1,98 @@
+"""The plan as data: what fits a cache is read once, bits depend on no cache and no thread count, errors name names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastnorm
+
+core = pytest.importorskip("fastnorm._core", reason="the extension is not built")
+L2, L3 = core.build_info()["l2"], core.build_info()["l3"]
+
+
+def test_images_go_slab_by_slab_and_are_read_once():
+    plan = fastnorm.plan("batchnorm", (16, 256, 56, 56), threads=2)
+    assert plan.sizes == (16, 256, 3136)
+    assert (plan.reads, plan.writes, plan.shared) == (1, 1, False)
+    assert plan.slab_bytes <= max(L2 // 2, 16 * 3136 * 4)
+    assert plan.bytes == plan.floor == 2 * 16 * 256 * 3136 * 4
+    assert not plan.side_by_side
+    assert plan.ahead == plan.slab * 3136 * 4
+
+
+def test_short_runs_are_walked_across_channels():
+    plan = fastnorm.plan("batchnorm", (50, 2048, 7, 7), threads=2)
+    assert plan.side_by_side
+    assert plan.slab * 49 % 16 == 0, "slabs of whole lines"
+    assert not fastnorm.plan("batchnorm", (2, 2048, 7, 7), threads=2).side_by_side, "too few rows to pay for it"
+
+
+def test_a_tall_matrix_beyond_every_cache_is_read_twice():
+    rows = 4 * L3 // (1024 * 4)
+    for direction, least in (("forward", 1), ("backward", 2)):
+        plan = fastnorm.plan("batchnorm", (rows, 1024), direction=direction)
+        assert (plan.reads, plan.shared, plan.streams) == (2 * least, True, True)
+        assert plan.bytes == (2 * least + 1) * rows * 4096
+        assert plan.floor == (least + 1) * rows * 4096
+
+
+def test_memory_order_counts_not_the_shape():
+    images = np.empty((8, 64, 112, 112), np.float32)
+    channels_last = images.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
+    assert fastnorm.plan("batchnorm", channels_last).sizes == (8 * 112 * 112, 64, 1)
+    assert fastnorm.plan("batchnorm", channels_last) == fastnorm.plan("batchnorm", (8, 112, 112, 64), axis=-1)
+    assert fastnorm.plan("batchnorm", images[:, ::2]).packed
+    assert not fastnorm.plan("batchnorm", images).packed
+
+
+def test_small_results_stay_in_cache():
+    assert not fastnorm.plan("layernorm", (64, 64)).streams
+    assert fastnorm.plan("layernorm", (L3 // 4096, 4096)).streams
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("batchnorm", (65536, 64)), ("batchnorm", (256, 8192)), ("batchnorm", (8, 64, 112, 112)),
+     ("layernorm", (4096, 768)), ("layernorm", (4, 1 << 20))],
+)  # fmt: skip
+def test_the_order_of_sums_ignores_threads(op, shape, direction):
+    groups = {fastnorm.plan(op, shape, direction=direction, threads=threads).groups for threads in (1, 2, 16, 1024)}
+    assert len(groups) == 1
+
+
+def test_long_rows_are_shared_where_rows_are_few():
+    assert fastnorm.plan("layernorm", (2, 1 << 20), threads=2).shared
+    assert not fastnorm.plan("layernorm", (4096, 768), threads=2).shared
+
+
+def test_a_plan_is_printable():
+    text = str(fastnorm.plan("batchnorm", (4 * L3 // 4096, 1024), threads=2))
+    assert "2 reads" in text
+    assert "1.5 times the least" in text
+    assert "past the cache" in text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_dtypes_count_in_bytes(dtype):
+    assert fastnorm.plan("layernorm", (100, 50), dtype=dtype).floor == 2 * 5000 * np.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "name"),
+    [
+        (("groupnorm", (4, 8)), {}, ValueError, "op"),
+        (("batchnorm", 7), {}, TypeError, "x"),
+        (("batchnorm", (4, -8)), {}, ValueError, "x"),
+        (("batchnorm", (0, 8)), {}, ValueError, "x"),
+        (("batchnorm", (4, 8)), {"axis": 2}, ValueError, "axis"),
+        (("batchnorm", (4, 8)), {"direction": "sideways"}, ValueError, "direction"),
+        (("batchnorm", (4, 8)), {"threads": 0}, ValueError, "threads"),
+        (("batchnorm", (4, 8)), {"dtype": "complex64"}, TypeError, "dtype"),
+        (("batchnorm", np.empty((4, 8))), {"dtype": "float32"}, TypeError, "dtype"),
+    ],
+)
+def test_refuses(arguments, options, error, name):
+    with pytest.raises(error, match=rf"^{name}: "):
+        fastnorm.plan(*arguments, **options)
