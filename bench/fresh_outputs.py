@@ -1,10 +1,10 @@
 """What a call without `out=` costs beside one with it, with and without the pool of outputs.
 
-python bench/fresh_outputs.py [largest size in MB]
+python bench/fresh_outputs.py [MB ...]
 
-float32 of 1,024 columns. All variants take turns; minima. steady: each result is dropped before the next call.
-first: nothing has been dropped yet. off: `set_output_pool(0)`, NumPy's own allocation. four: four results live
-and are dropped together, as those of a network's layers; per call.
+float32 of 1,024 columns. All variants take turns, each warmed by a call; minima. steady: each result is dropped
+before the next call. first: nothing has been dropped yet. off: `set_output_pool(0)`, NumPy's own allocation.
+four: four results live and are dropped together, as those of a network's layers; per call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES = (1, 4, 16, 25, 64, 256, 1024)
 FOUR = 256
 """The largest size at which four outputs fit a pool of 3 GB with room to spare."""
 COLUMNS = 1024
-BUDGET = 4.0
+BUDGET = 5.0
 """Seconds for each line, about."""
 
 Call = Callable[..., Any]
@@ -38,7 +38,8 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def repeated(call: Callable[[], Any], count: int) -> float:
-    """Milliseconds of a call in a loop that drops each result before the next call."""
+    """Milliseconds of a call in a loop that drops each result before the next call, after one that is not counted."""
+    call()
 
     def loop() -> None:
         for _ in range(count):
@@ -48,7 +49,7 @@ def repeated(call: Callable[[], Any], count: int) -> float:
 
 
 def together(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call in a loop that keeps four results and drops them together."""
+    """Milliseconds of a call in a loop that keeps four results and drops them together, after a loop not counted."""
 
     def loop() -> None:
         kept = [call() for _ in range(4)]
@@ -76,7 +77,6 @@ def line(call: Call, out: np.ndarray[Any, Any]) -> dict[str, float]:
         if out.nbytes <= FOUR << 20:
             note("four", together(call))
         fastnorm.set_output_pool(0)
-        milliseconds(call)
         note("steady, off", repeated(call, count))
         if out.nbytes <= FOUR << 20:
             note("four, off", together(call))
@@ -97,15 +97,13 @@ def calls(x: np.ndarray[Any, Any]) -> dict[str, Call]:
 
 
 def main() -> None:
-    largest = float(sys.argv[1]) if len(sys.argv) > 1 else SIZES[-1]
+    sizes = [int(text) for text in sys.argv[1:]] or SIZES
     print(f"ms; pool: {fastnorm.output_pool().limit >> 20} MB\n")
     print(
         "| MB | call | out= | steady | ratio | first | ratio | steady, off | ratio | four | ratio | four, off | ratio |"
     )
     print("|" + "---|" * 13)
-    for size in SIZES:
-        if size > largest:
-            break
+    for size in sizes:
         x = np.random.default_rng(0).standard_normal((size << 18) // COLUMNS * COLUMNS, dtype=np.float32)
         x = x.reshape(-1, COLUMNS)
         out = np.zeros_like(x)
