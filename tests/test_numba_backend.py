@@ -1,4 +1,4 @@
-"""What is particular to the Numba backend: storage as integers, two ways to cut the work, layers, forks, caches."""
+"""What is particular to the Numba backend: vectors, ways to cut the work, layers, forks, caches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 numba_cpu = importlib.import_module("fastnorm.backends.numba_cpu")
 formulas = importlib.import_module("fastnorm.backends.numba_formulas")
-columns = importlib.import_module("fastnorm.backends.numba_cpu._columns")
 launch = importlib.import_module("fastnorm.backends.numba_cpu._launch")
+plan = importlib.import_module("fastnorm.backends.numba_cpu._plan")
 runs = importlib.import_module("fastnorm.backends.numba_cpu._runs")
 reference = importlib.import_module("fastnorm.reference.kernels")
 
@@ -30,19 +30,6 @@ def bits(*arrays: Array) -> list[bytes]:
 
 
 # ---- formulas: plain Python, so tested as such -----------------------------------------------------
-
-
-def test_bfloat16_of_every_pattern_of_high_bits() -> None:
-    """Each bfloat16, itself, at its rounding ties and beside them, against ml_dtypes."""
-    high = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
-    for low in (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
-        pattern = high | np.uint32(low)
-        with np.errstate(invalid="ignore"):
-            expected = pattern.view(np.float32).astype(ml_dtypes.bfloat16)
-        narrowed = np.array([formulas.narrowed_bfloat16(b) for b in pattern[::7]], np.uint32).astype(np.uint16)
-        got = narrowed.view(ml_dtypes.bfloat16)
-        same = (narrowed == expected[::7].view(np.uint16)) | (np.isnan(got) & np.isnan(expected[::7]))
-        assert same.all()
 
 
 def test_merge_of_nothing_is_exact() -> None:
@@ -66,13 +53,27 @@ def test_every_half_passes_through_unchanged(dtype: Any) -> None:
         assert (y[number].astype(np.float32) == x[number].astype(np.float32)).all()
 
 
+def test_bfloat16_of_every_pattern_of_high_bits() -> None:
+    """0*1 + beta rounds beta: each bfloat16, itself, at its rounding ties and beside them, against ml_dtypes."""
+    high = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    x = np.zeros((8, high.size), ml_dtypes.bfloat16)
+    y, zero, one = np.empty_like(x), np.zeros(high.size), np.ones(high.size)
+    for low in (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        beta = (high | np.uint32(low)).view(np.float32)
+        with np.errstate(invalid="ignore"):
+            expected = beta.astype(ml_dtypes.bfloat16)
+        numba_cpu.channel_apply(x, 8, high.size, 1, zero, one, 0.0, None, beta, y)
+        same = (y.view(np.uint16) == expected.view(np.uint16)) | (np.isnan(y) & np.isnan(expected)) | (beta == 0)
+        assert same.all()
+
+
 def test_read_only_arrays_share_the_compiled_kernel() -> None:
     x = np.random.default_rng(0).standard_normal((5, 100), dtype=np.float32)
     y, mean, var = np.empty_like(x), np.empty(5), np.empty(5)
     gamma = np.full(100, 2.0, np.float32)
     numba_cpu.row_forward(x, 5, 100, gamma, None, 1e-5, y, mean, var)
     expected = y.copy()
-    kernel = importlib.import_module("fastnorm.backends.numba_cpu._rows").forward._run
+    kernel = runs.forward._run
     before = len(kernel.signatures)
     x.flags.writeable = gamma.flags.writeable = False
     numba_cpu.row_forward(x, 5, 100, gamma, None, 1e-5, y, mean, var)
@@ -85,46 +86,69 @@ def test_read_only_arrays_share_the_compiled_kernel() -> None:
 SIZES = [(9, 3, 1), (64, 7, 1), (1000, 3, 1), (4099, 17, 1), (300, 600, 1), (50, 40, 49), (3, 5, 127), (2, 3, 40000)]
 
 
+def in_one_task(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan, "PARALLEL_FROM", 1 << 40)
+
+
+def in_slabs(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan, "PARALLEL_FROM", 0)
+    patch.setattr(plan, "caches", lambda: (1 << 40, 1 << 40))
+
+
+def past_the_cache(patch: pytest.MonkeyPatch) -> None:
+    in_slabs(patch)
+    patch.setattr(plan, "past_cache", lambda nbytes: True)
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize("way", [in_one_task, in_slabs, past_the_cache])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_one_pass_and_two_passes_give_the_same_bits(sizes: tuple[int, int, int]) -> None:
+def test_channels_by_slabs_and_by_steps_have_the_same_bits(
+    sizes: tuple[int, int, int], way: Any, by_columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outer, channels, inner = sizes
+    monkeypatch.setattr(numba_cpu, "_by_columns", lambda outer, inner: by_columns and channels * inner < 9999)
+    way(monkeypatch)
     rng = np.random.default_rng(1)
-    x, dy = (rng.standard_normal(outer * channels * inner).astype(np.float32) + 3 for _ in range(2))
+    x, dy = (rng.standard_normal(outer * channels * inner + 1).astype(np.float32)[1:] + 3 for _ in range(2))
     gamma, beta = (rng.standard_normal(channels).astype(np.float32) for _ in range(2))
-    n = x.size
-    for way in (columns, runs):
-        group = () if way is columns else (2,)
-        y, mean, var = np.empty_like(x), np.empty(channels), np.empty(channels)
-        way.forward(n, x, *sizes, *group, gamma, beta, 1e-5, y, mean, var)
-        y2, mean2, var2 = np.empty_like(x), np.empty(channels), np.empty(channels)
-        way.moments(n, x, *sizes, mean2, var2)
-        way.apply(n, x, *sizes, mean2, var2, 1e-5, gamma, beta, y2)
-        assert bits(y, mean, var) == bits(y2, mean2, var2)
+    y, mean, var = np.empty_like(x), np.empty(channels), np.empty(channels)
+    numba_cpu.channel_forward(x, *sizes, gamma, beta, 1e-5, y, mean, var)
+    y2, mean2, var2 = np.empty_like(x), np.empty(channels), np.empty(channels)
+    numba_cpu.channel_moments(x, *sizes, mean2, var2)
+    numba_cpu.channel_apply(x, *sizes, mean2, var2, 1e-5, gamma, beta, y2)
+    assert bits(y, mean, var) == bits(y2, mean2, var2)
 
-        dx, sums = np.empty_like(x), (np.empty(channels), np.empty(channels))
-        way.backward(n, dy, x, *sizes, *group, mean, var, 1e-5, gamma, dx, *sums)
-        dx2, sums2 = np.empty_like(x), (np.empty(channels), np.empty(channels))
-        way.backward_reduce(n, dy, x, *sizes, mean, var, 1e-5, *sums2)
-        way.backward_apply(n, dy, x, *sizes, mean, var, 1e-5, gamma, *sums2, float(outer * inner), dx2)
-        assert bits(dx, *sums) == bits(dx2, *sums2)
+    dx, sums = np.empty_like(x), (np.empty(channels), np.empty(channels))
+    numba_cpu.channel_backward(dy, x, *sizes, mean, var, 1e-5, gamma, dx, *sums)
+    dx2, sums2 = np.empty_like(x), (np.empty(channels), np.empty(channels))
+    numba_cpu.channel_backward_reduce(dy, x, *sizes, mean, var, 1e-5, *sums2)
+    numba_cpu.channel_backward_apply(dy, x, *sizes, mean, var, 1e-5, gamma, *sums2, float(outer * inner), dx2)
+    assert bits(dx, *sums) == bits(dx2, *sums2)
 
-        expected = np.empty(channels), np.empty(channels)
-        reference.channel_moments(x, *sizes, *expected)
-        np.testing.assert_allclose(mean, expected[0], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(var, expected[1], rtol=3e-6)
+    expected = np.empty(channels), np.empty(channels)
+    reference.channel_moments(x, *sizes, *expected)
+    np.testing.assert_allclose(mean, expected[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(var, expected[1], rtol=3e-6)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(3, 70000), (16, 65536), (40, 20000)])
-def test_long_rows_in_one_pass_and_in_two(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = np.random.default_rng(2).standard_normal((rows, cols)).astype(np.float32)
+@pytest.mark.parametrize(("rows", "cols"), [(5, 3), (700, 127), (3, 70000), (40, 20000), (300, 4100)])
+def test_rows_by_slabs_and_by_steps_have_the_same_bits(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many threads rows are too few for slabs; with one, 128 rows and more are not."""
+    rng = np.random.default_rng(2)
+    x, dy = (rng.standard_normal(rows * cols + 1).astype(np.float32)[1:] for _ in range(2))
+    gamma, beta = (rng.standard_normal(cols).astype(np.float32) for _ in range(2))
+    monkeypatch.setattr(plan, "PARALLEL_FROM", 0)
     found = []
-    for largest in (0, 1 << 40):
-        monkeypatch.setattr(numba_cpu, "LARGEST_SLAB", largest)
-        y, mean, var = np.empty_like(x), np.empty(rows), np.empty(rows)
-        monkeypatch.setattr(numba_cpu, "threads", lambda: 1)
-        numba_cpu.row_forward(x, rows, cols, None, None, 1e-5, y, mean, var)
-        found.append(bits(y, mean, var))
-    assert found[0] == found[1]
+    for count, stream in ((1, False), (1, True), (1000, False), (1000, True)):
+        monkeypatch.setattr(numba_cpu, "threads", lambda count=count: count)
+        monkeypatch.setattr(plan, "past_cache", lambda nbytes, stream=stream: stream)
+        y, dx, mean, var = np.empty_like(x), np.empty_like(x), np.empty(rows), np.empty(rows)
+        dgamma, dbeta = np.empty(cols), np.empty(cols)
+        numba_cpu.row_forward(x, rows, cols, gamma, beta, 1e-5, y, mean, var)
+        numba_cpu.row_backward(dy, x, rows, cols, mean, var, 1e-5, gamma, dx, dgamma, dbeta)
+        found.append(bits(y, mean, var, dx, dgamma, dbeta))
+    assert all(other == found[0] for other in found)
 
 
 @pytest.mark.parametrize("sizes", [(4099, 1, 1), (50, 3, 49), (2, 3, 5000), (1, 2, 30000)])
@@ -248,14 +272,14 @@ def test_the_callers_own_thread_count_is_left_alone() -> None:
 
 
 def test_nothing_is_compiled_at_import() -> None:
-    run("from fastnorm.backends.numba_cpu import _rows\nassert not _rows.forward._run.signatures")
+    run("from fastnorm.backends.numba_cpu import _rows\nassert not _rows.backward._run.signatures")
 
 
 def test_stale_machine_code_is_noticed() -> None:
     """The stamp of the disk cache covers every source a kernel is made of, not only its own file."""
     stamp = launch._sources_stamp()
     assert len(stamp) >= 6
-    assert runs.moments._run._cache._cache_file._source_stamp == stamp
+    assert runs.forward._run._cache._cache_file._source_stamp == stamp
 
 
 def test_nan_stays_in_its_channel() -> None:
@@ -289,13 +313,9 @@ def test_threads_of_python_compile_once() -> None:
 
 
 def test_cached_and_fresh_machine_code_give_the_same_bits(tmp_path: Any) -> None:
-    """Two kernels that share a sum, one from the disk cache of another process, the other compiled here."""
-    first = "table._runs.backward_reduce(27, dy, x, 9, 3, 1, mean, var, 1e-5, s1, s2)\n"
-    second = "table._runs.backward(27, dy, x, 9, 3, 1, 2, mean, var, 1e-5, var.astype(np.float32), dx, t1, t2)\n"
-    made = (
-        "rng = np.random.default_rng(3)\n"
-        "x, dy = (rng.standard_normal(27).astype(np.float32) + 3 for _ in range(2)); dx = np.empty_like(x)\n"
-        "mean, var = np.full(3, 3.0), np.ones(3); s1, s2, t1, t2 = (np.empty(3) for _ in range(4))\n"
-    )
-    run(made + first, NUMBA_CACHE_DIR=str(tmp_path))
-    run(made + first + second + "assert (s1 == t1).all() and (s2 == t2).all()", NUMBA_CACHE_DIR=str(tmp_path))
+    """The first process compiles, the second finds the cache and compiles nothing."""
+    work = "import pathlib; noted = pathlib.Path(os.environ['NUMBA_CACHE_DIR'], 'digest')\n"
+    run(work + "noted.write_text(digest())", NUMBA_CACHE_DIR=str(tmp_path))
+    hits = "assert sum(sum(k._run.stats.cache_misses.values()) for k in kernels) == 0\n"
+    kernels = "kernels = (table._runs.forward, table._runs.backward, table._rows.backward)\n"
+    run(work + "assert noted.read_text() == digest()\n" + kernels + hits, NUMBA_CACHE_DIR=str(tmp_path))

@@ -1,7 +1,7 @@
 """The scalar formulas of the Numba backends, undecorated: each target compiles them for itself.
 
-Plain Python on scalars, in the symbols of `KernelTable`. Statistics and coefficients are float64; what a
-formula computes per element stays in the type of its arguments.
+Plain Python in the symbols of `KernelTable`. Statistics and coefficients are float64; what a formula computes per
+element stays in the type of its arguments, numbers or whole vectors of them.
 
 A float64 mean enters a float32 loop in two parts, centre = float32(mean) and rest = mean - centre: the
 loop subtracts the centre, which is exact for values near it, and the rest is folded into a coefficient.
@@ -11,11 +11,9 @@ So values of 1e6 +- 1 are normalized to float32's accuracy.
 from __future__ import annotations
 
 import math
-from typing import Any
-
-import numpy as np
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
+LARGEST_FLOAT64 = 1.7976931348623157e308
 
 
 def rstd(var: float, eps: float) -> float:
@@ -24,9 +22,13 @@ def rstd(var: float, eps: float) -> float:
     return 0.0 if total == 0.0 else 1.0 / math.sqrt(total)
 
 
-def bounded(coefficient: float) -> float:
-    """The coefficient, kept finite in float32: where a factor overflows, 0 times it must stay 0."""
-    return min(max(coefficient, -LARGEST_FLOAT32), LARGEST_FLOAT32) if math.isfinite(coefficient) else coefficient
+def bounded(coefficient: float, largest: float) -> float:
+    """The coefficient, kept finite where a narrower type overflows: 0 times it must stay 0."""
+    if largest < coefficient < math.inf:
+        return largest
+    if -math.inf < coefficient < -largest:
+        return -largest
+    return coefficient
 
 
 def centred_squares(squares: float, count: int, offset: float) -> float:
@@ -72,15 +74,3 @@ def gradient_line(rstd: float, rest: float, mean_dy: float, mean_dy_xhat: float)
 def sum_times_xhat(rstd: float, rest: float, sum_dy: float, sum_dy_centred: float) -> float:
     """sum(dy*xhat) from sum(dy) and sum(dy*(x - centre))."""
     return rstd * (sum_dy_centred - rest * sum_dy)
-
-
-def widened_bfloat16(bits: Any) -> Any:
-    """The bits of the float32 that a bfloat16 stands for."""
-    return np.uint32(bits) << np.uint32(16)
-
-
-def narrowed_bfloat16(bits: Any) -> Any:
-    """The bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return (bits >> np.uint32(16)) | np.uint32(0x0040)
-    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

@@ -1,9 +1,9 @@
 """The backend 'numba': the kernel contract on the CPU, compiled by Numba on first use.
 
-This module is the table. Its functions make flat, writable, Numba-typed views of their arguments and pick one
-of the ways to cut the work: `_columns` where adjacent elements belong to different channels, `_runs` where a
-channel is long runs, `_rows` for the row family. Which of the two forms of a kernel runs, one pass with the
-data kept in the cache or two passes with more tasks, depends on the threads too; both give the same bits.
+This module is the table. Its functions make flat, writable, Numba-typed views of their arguments, choose between
+`_columns`, where adjacent elements belong to different channels, and `_runs`, where a channel is long runs, and
+start the steps of the call: all in one, slab by slab, where a slab fits the cache, else one after the other. Both
+give the same bits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastnorm.backends import Array, flat
-from fastnorm.backends.numba_cpu import _columns, _rows, _runs
+from fastnorm.backends.numba_cpu import _columns, _plan, _rows, _runs
 from fastnorm.backends.numba_cpu._launch import set_num_threads, threads
+from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE
+
+ALL = SUMS | FINISH | COEFFICIENTS | WRITE
 
 __all__ = [
     "channel_apply",
@@ -30,15 +33,8 @@ __all__ = [
 
 SHORT_RUN = 64
 """Runs shorter than this are worked on as columns: they would hardly fill a loop over vectors."""
-SLAB = 1 << 18
-"""Bytes of a group of channels of short runs that one task takes: a quarter of L2."""
-LARGEST_SLAB = 1 << 22
-"""Bytes of one channel or row that are worth keeping for a second pass: a share of L3."""
-LARGEST_BLOCK = 1 << 20
-"""The same for a block of columns, whose pieces lie far apart: on 2 MB and more one pass took as long as two."""
-LARGE = 1 << 24
-"""Bytes of an array from which a second pass finds little of it in L3."""
-LONG_ROW, FEW_ROWS = 1 << 16, 16
+LONG_ROWS = 1 << 23
+"""Bytes of dy and x between the sums of long rows and their output: a share of L3."""
 
 
 class _Writable:
@@ -62,77 +58,127 @@ def _storage(array: Array) -> Array:
     return _plain(elements)
 
 
-def _parameter(values: Array | None, like: Array, absent: float, length: int) -> Array:
-    """gamma or beta; an absent one is an array of ones or zeros, so that there is one loop."""
-    if values is not None:
-        return _plain(values)
-    return np.full(length, absent, np.float64 if like.dtype == np.float64 else np.float32)
+def _accumulation(x: Array) -> Any:
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+_CONSTANTS = {(dtype, value): np.full(64, value, dtype) for dtype in (np.float32, np.float64) for value in (0.0, 1.0)}
+
+
+def _parameter(values: Array | None, x: Array, absent: float) -> tuple[Array, int]:
+    """gamma or beta and a mask of its index: an absent one is a vector read again and again, so there is one loop."""
+    return (_CONSTANTS[_accumulation(x), absent], 0) if values is None else (_plain(values), -1)
 
 
 def _by_columns(outer: int, inner: int) -> bool:
     return inner < SHORT_RUN and outer >= 8
 
 
-def _in_one_pass(elements: Array, tasks: int) -> bool:
-    """Whether `tasks` equal shares of an array each fit the cache and occupy all threads."""
-    return elements.nbytes <= LARGEST_SLAB * tasks and (tasks >= 2 * threads() or elements.nbytes < SLAB)
+def _columns_forward(
+    steps: int, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
+    gamma: Array | None, beta: Array | None, y: Array,
+) -> None:  # fmt: skip
+    channels, period, grid = sizes[1], sizes[1] * sizes[2], _columns.grid(*sizes)
+    parts = np.empty((2, grid[4] * channels))
+    lines, columns = (np.empty(3 * n, _accumulation(x)) for n in (channels, period * grid[2] + 64))
+    parameters = (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0))
+    arguments = (*parts, mean, var, eps, parameters, lines, columns, _plan.past_cache(x.nbytes))
+    for launch in _plan.of_columns(steps, sizes, grid, x.itemsize, 1, threads()):
+        cut = (launch.group, -(-channels // launch.group), *grid[2:])
+        _columns.forward(x.size, launch.tasks, x, y, *sizes, cut, launch.steps, *arguments, launch.ahead)
 
 
-def _blocks_in_one_pass(elements: Array, channels: int, inner: int) -> bool:
-    """The same for blocks of columns. An array that L3 holds takes as long in two passes, which compile sooner."""
-    blocks = _columns.blocks(channels, inner)
-    return elements.nbytes >= LARGE and elements.nbytes <= LARGEST_BLOCK * blocks and blocks >= 2 * threads()
+def _columns_backward(
+    steps: int, dy: Array, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
+    gamma: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+) -> None:  # fmt: skip
+    channels, period, grid = sizes[1], sizes[1] * sizes[2], _columns.grid(*sizes)
+    parts = np.empty((2, grid[4] * channels))
+    lines, columns = (np.empty(4 * n, _accumulation(x)) for n in (channels, period * grid[2] + 64))
+    arguments = (
+        *parts, mean, var, eps, *_parameter(gamma, x, 1.0), sum_dy, sum_dy_xhat, count, lines, columns,
+        _plan.past_cache(x.nbytes),
+    )  # fmt: skip
+    for launch in _plan.of_columns(steps, sizes, grid, x.itemsize, 2, threads()):
+        cut = (launch.group, -(-channels // launch.group), *grid[2:])
+        _columns.backward(x.size, launch.tasks, dy, x, dx, *sizes, cut, launch.steps, *arguments, launch.ahead)
 
 
-def _group(elements: Array, channels: int) -> int:
-    """Channels of one task of the runs' one-pass kernels."""
-    return max(1, min(SLAB * channels // elements.nbytes, channels // (4 * threads())))
+def _runs_forward(
+    steps: int, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float, y: Array,
+    by_run: tuple[Array | None, Array | None] = (None, None),
+    by_column: tuple[Array | None, Array | None] = (None, None),
+) -> None:  # fmt: skip
+    channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
+    parts = (mean, var) if tiles[4] == 1 else np.empty((2, channels * tiles[4]))
+    lines = np.empty(3 * channels, _accumulation(x))
+    of_runs, of_columns = (
+        (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0)) for gamma, beta in (by_run, by_column)
+    )
+    arguments = (*parts, mean, var, eps, of_runs, lines, of_columns, _plan.past_cache(x.nbytes))
+    for launch in _plan.of_runs(steps, sizes, tiles, x.itemsize, 1, threads()):
+        _runs.forward(
+            x.size, launch.tasks, x, y, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
+        )  # fmt: skip
+
+
+def _runs_backward(
+    steps: int, dy: Array, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
+    gamma: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+) -> None:  # fmt: skip
+    channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
+    parts = np.empty((2, channels * tiles[4]))
+    lines = np.empty(4 * channels, _accumulation(x))
+    arguments = (
+        *parts, mean, var, eps, *_parameter(gamma, x, 1.0), sum_dy, sum_dy_xhat, count, lines,
+        _plan.past_cache(x.nbytes),
+    )  # fmt: skip
+    for launch in _plan.of_runs(steps, sizes, tiles, x.itemsize, 2, threads()):
+        _runs.backward(
+            x.size, launch.tasks, dy, x, dx, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
+        )  # fmt: skip
 
 
 def channel_moments(x: Array, outer: int, channels: int, inner: int, mean: Array, var: Array) -> None:
-    x = _storage(x)
-    way: Any = _columns if _by_columns(outer, inner) else _runs
-    way.moments(x.size, x, outer, channels, inner, mean, var)
+    x, sizes = _storage(x), (outer, channels, inner)
+    if _by_columns(outer, inner):
+        _columns_forward(SUMS | FINISH, x, sizes, mean, var, 0.0, None, None, x)
+    else:
+        _runs_forward(SUMS | FINISH, x, sizes, mean, var, 0.0, x)
 
 
 def channel_apply(
     x: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, eps: float, gamma: Array | None, beta: Array | None, y: Array,
 ) -> None:  # fmt: skip
-    x = _storage(x)
-    gamma, beta = _parameter(gamma, x, 1.0, channels), _parameter(beta, x, 0.0, channels)
-    way: Any = _columns if _by_columns(outer, inner) else _runs
-    way.apply(x.size, x, outer, channels, inner, _plain(mean), _plain(var), eps, gamma, beta, _storage(y))
+    x, y, sizes = _storage(x), _storage(y), (outer, channels, inner)
+    mean, var = _plain(mean), _plain(var)
+    if _by_columns(outer, inner):
+        _columns_forward(COEFFICIENTS | WRITE, x, sizes, mean, var, eps, gamma, beta, y)
+    else:
+        _runs_forward(COEFFICIENTS | WRITE, x, sizes, mean, var, eps, y, (gamma, beta))
 
 
 def channel_forward(
     x: Array, outer: int, channels: int, inner: int,
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
-    x, y = _storage(x), _storage(y)
-    sizes = outer, channels, inner
-    gamma, beta = _parameter(gamma, x, 1.0, channels), _parameter(beta, x, 0.0, channels)
+    x, y, sizes = _storage(x), _storage(y), (outer, channels, inner)
     if _by_columns(outer, inner):
-        if _blocks_in_one_pass(x, channels, inner):
-            _columns.forward(x.size, x, *sizes, gamma, beta, eps, y, mean, var)
-        else:
-            _columns.moments(x.size, x, *sizes, mean, var)
-            _columns.apply(x.size, x, *sizes, mean, var, eps, gamma, beta, y)
-    elif _in_one_pass(x, channels):
-        _runs.forward(x.size, x, *sizes, _group(x, channels), gamma, beta, eps, y, mean, var)
+        _columns_forward(ALL, x, sizes, mean, var, eps, gamma, beta, y)
     else:
-        _runs.moments(x.size, x, *sizes, mean, var)
-        _runs.apply(x.size, x, *sizes, mean, var, eps, gamma, beta, y)
+        _runs_forward(ALL, x, sizes, mean, var, eps, y, (gamma, beta))
 
 
 def channel_backward_reduce(
     dy: Array, x: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, eps: float, sum_dy: Array, sum_dy_xhat: Array,
 ) -> None:  # fmt: skip
-    way: Any = _columns if _by_columns(outer, inner) else _runs
-    way.backward_reduce(
-        x.size, _storage(dy), _storage(x), outer, channels, inner, _plain(mean), _plain(var), eps, sum_dy, sum_dy_xhat
-    )
+    way = _columns_backward if _by_columns(outer, inner) else _runs_backward
+    way(
+        SUMS | FINISH, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps, None,
+        sum_dy, sum_dy_xhat, 1.0, _storage(dy),
+    )  # fmt: skip
 
 
 def channel_backward_apply(
@@ -140,12 +186,10 @@ def channel_backward_apply(
     mean: Array, var: Array, eps: float, gamma: Array | None,
     sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
 ) -> None:  # fmt: skip
-    x = _storage(x)
-    gamma = _parameter(gamma, x, 1.0, channels)
-    way: Any = _columns if _by_columns(outer, inner) else _runs
-    way.backward_apply(
-        x.size, _storage(dy), x, outer, channels, inner, _plain(mean), _plain(var), eps, gamma,
-        _plain(sum_dy), _plain(sum_dy_xhat), float(count), _storage(dx),
+    way = _columns_backward if _by_columns(outer, inner) else _runs_backward
+    way(
+        COEFFICIENTS | WRITE, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps,
+        gamma, _plain(sum_dy), _plain(sum_dy_xhat), float(count), _storage(dx),
     )  # fmt: skip
 
 
@@ -154,20 +198,11 @@ def channel_backward(
     mean: Array, var: Array, eps: float, gamma: Array | None,
     dx: Array, sum_dy: Array, sum_dy_xhat: Array,
 ) -> None:  # fmt: skip
-    dy, x, dx, mean, var = _storage(dy), _storage(x), _storage(dx), _plain(mean), _plain(var)
-    sizes = outer, channels, inner
-    gamma = _parameter(gamma, x, 1.0, channels)
-    by_columns = _by_columns(outer, inner)
-    way: Any = _columns if by_columns else _runs
-    if not (_blocks_in_one_pass(x, channels, inner) if by_columns else _in_one_pass(x, channels)):
-        count = float(outer * inner)
-        way.backward_reduce(x.size, dy, x, *sizes, mean, var, eps, sum_dy, sum_dy_xhat)
-        way.backward_apply(x.size, dy, x, *sizes, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, dx)
-    elif by_columns:
-        _columns.backward(x.size, dy, x, *sizes, mean, var, eps, gamma, dx, sum_dy, sum_dy_xhat)
-    else:
-        group = _group(x, channels)
-        _runs.backward(x.size, dy, x, *sizes, group, mean, var, eps, gamma, dx, sum_dy, sum_dy_xhat)
+    way = _columns_backward if _by_columns(outer, inner) else _runs_backward
+    way(
+        ALL, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps, gamma,
+        sum_dy, sum_dy_xhat, float(outer * inner), _storage(dx),
+    )  # fmt: skip
 
 
 def row_forward(
@@ -175,12 +210,7 @@ def row_forward(
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
     x, y = _storage(x), _storage(y)
-    gamma, beta = _parameter(gamma, x, 1.0, cols), _parameter(beta, x, 0.0, cols)
-    if _in_one_pass(x, rows):
-        _rows.forward(x.size, x, 1, rows, cols, gamma, beta, eps, y, mean, var)
-    else:
-        _runs.moments(x.size, x, 1, rows, cols, mean, var)
-        _rows.apply(x.size, x, rows, cols, mean, var, eps, gamma, beta, y)
+    _runs_forward(ALL, x, (1, rows, cols), mean, var, eps, y, by_column=(gamma, beta))
 
 
 def row_backward(
@@ -188,11 +218,30 @@ def row_backward(
     mean: Array, var: Array, eps: float, gamma: Array | None,
     dx: Array, dgamma: Array | None, dbeta: Array | None,
 ) -> None:  # fmt: skip
-    x = _storage(x)
-    gamma = _parameter(gamma, x, 1.0, cols)
-    nothing = np.empty(0)
-    kernel = _rows.backward_long if rows <= FEW_ROWS and cols >= LONG_ROW else _rows.backward
-    kernel(
-        x.size, _storage(dy), x, rows, cols, _plain(mean), _plain(var), eps, gamma, _storage(dx),
-        nothing if dgamma is None else dgamma, nothing if dbeta is None else dbeta,
-    )  # fmt: skip
+    dy, x, dx, mean, var = _storage(dy), _storage(x), _storage(dx), _plain(mean), _plain(var)
+    pieces = -(-cols // _rows.PIECE)
+    parts = -(-rows // _rows.PART_ROWS)
+    sums = np.empty((2, rows * pieces))
+    downwards = np.zeros((2, parts * cols), _accumulation(x))
+    totals = np.empty((2, cols)) if dgamma is None or dbeta is None else (dgamma, dbeta)
+    stream = _plan.past_cache(x.nbytes)
+    row_bytes = 2 * cols * x.itemsize
+
+    def launch(steps: int, tasks: int, first: int, last: int, slab: int, ahead: int) -> None:
+        _rows.backward(
+            x.size, tasks, dy, x, dx, first, last, cols, steps, slab, *sums, mean, var, eps,
+            *_parameter(gamma, x, 1.0), *downwards, *totals, stream, ahead,
+        )  # fmt: skip
+
+    if parts >= 2 * threads() or _plan.in_one_task(x.size):
+        slab = max(1, min(_rows.PART_ROWS, _plan.caches()[0] // 4 // row_bytes))
+        launch(SUMS | WRITE, parts, 0, rows, slab, slab * cols)
+    else:
+        block = max(1, min(_rows.PART_ROWS, LONG_ROWS // row_bytes))
+        for part in range(0, rows, _rows.PART_ROWS):
+            for first in range(part, min(part + _rows.PART_ROWS, rows), block):
+                last = min(first + block, part + _rows.PART_ROWS, rows)
+                launch(SUMS, pieces, first, last, last - first, 0)
+                launch(WRITE, -(-(last - first) * cols // _runs.PIECE), first, last, last - first, _plan.READ_AHEAD)
+    if dgamma is not None:
+        launch(FINISH, -(-cols // _rows.STRIP), 0, rows, 1, 0)

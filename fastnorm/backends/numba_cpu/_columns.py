@@ -1,7 +1,7 @@
 """The channel family where adjacent elements belong to different channels: (outer, channels, inner), inner short.
 
-The memory is a matrix of `outer` rows and channels*inner columns; loops run along a row, so that every
-column has its own accumulator and nothing is summed across a vector. The spec of the tiling:
+The memory is a matrix of `outer` rows and channels*inner columns; loops run along a row, so that every column has
+its own accumulator and nothing is summed across a vector. The spec of the tiling:
 
     for block of channels:              at most WIDTH columns
         for part of rows:               about PART elements; parts run in parallel where blocks are few
@@ -10,9 +10,9 @@ column has its own accumulator and nothing is summed across a vector. The spec o
             merge the columns that belong to one channel, in order
         merge the parts in order
 
-Where a row is shorter than WIDTH, `fold` rows that follow one another are worked on as one longer row, and
-their columns merged at the end: three channels would fill a fifth of a vector. The last rows of a part may
-not fill a folded row; they are worked on unfolded.
+Where a row is shorter than WIDTH, `fold` rows that follow one another are worked on as one longer row, and their
+columns merged at the end: three channels would fill a fifth of a vector. The last rows of a part may not fill a
+folded row; they are worked on unfolded.
 """
 
 # mypy: ignore-errors
@@ -20,46 +20,55 @@ not fill a folded row; they are worked on unfolded.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._output import writer_of_columns
+from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE, gradient_lines, normalizing_lines
 from fastnorm.backends.numba_cpu._scalars import (
-    affine_line,
     centred_squares,
-    gradient_line,
     input_gradient,
-    load,
-    merged,
+    least,
+    merged_mean,
+    merged_squares,
     normalized,
     rounded,
     rstd,
-    store,
     sum_times_xhat,
-    workspace,
 )
-from fastnorm.backends.numba_cpu._tasks import for_each
+from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._vectors import (
+    SCRATCH,
+    begun,
+    element,
+    fence,
+    lanes,
+    load,
+    load4,
+    load_part,
+    prefetch,
+    put,
+    scratch,
+    spread4,
+    store4,
+)
 
 WIDTH = 512
 """Columns of a block: 2 KB of a float32 row; 256 took up to 1.3 times as long on (40000, 512)."""
 CHUNK = 64
 """Rows of a chunk: at most this many additions in float32; 128 KB of float32 at full width."""
+TOGETHER = 8
+"""Rows that are added to the running sums of a chunk together, so that these stay in registers."""
 PART = 1 << 17
 """Elements of a part at full width."""
+BAND = 1 << 16
+"""Elements that one task writes where the statistics are known."""
 
 
-def blocks(channels: int, inner: int) -> int:
-    """Blocks of channels that the columns are cut into."""
-    width = -(-channels * inner // WIDTH)
-    return -(-channels // -(-channels // width))
+Grid = tuple[int, int, int, int, int]
 
 
-_compiled_blocks = compiled(blocks)
-
-
-@compiled
-def grid(outer, channels, inner):
+def grid(outer: int, channels: int, inner: int) -> Grid:
     """(channels a block, blocks, rows folded into one, rows a part, parts)"""
-    blocks = _compiled_blocks(channels, inner)
+    blocks = -(-channels // -(-channels // -(-channels * inner // WIDTH)))
     group = -(-channels // blocks)
     fold = 1 if blocks > 1 else max(1, min(WIDTH // (channels * inner), outer // 16))
     rows = -(-PART // (group * inner * fold)) * fold
@@ -67,11 +76,20 @@ def grid(outer, channels, inner):
 
 
 @compiled
-def _extent(task, outer, channels, grid):
-    """(first channel, channels, first row, rows) of a task: blocks side by side first, then downwards."""
-    group, blocks, _, part_rows, _ = grid
-    first, row = task % blocks * group, task // blocks * part_rows
-    return first, min(group, channels - first), row, min(part_rows, outer - row)
+def _share(out, task, steps, outer, channels, inner, grid):
+    """(first channel, last channel, first part, last part) of a task: a block of channels, all its rows or a part.
+
+    Where all rows lie alike, blocks start where lines of the output do: the first is narrower, the last wider.
+    """
+    group, blocks, _, _, parts = grid
+    block, part, upto = task, 0, parts
+    if steps == SUMS:
+        block, part = task % blocks, task // blocks
+        upto = part + 1
+    shifted = begun(out) if inner == 1 and channels % lanes(out) == 0 else 0
+    first = block * group - shifted if block > 0 else 0
+    last = (block + 1) * group - shifted if block < blocks - 1 else channels
+    return first, last, part, upto
 
 
 @compiled
@@ -81,31 +99,63 @@ def _section(section, rows, fold):
     return (0, folded, fold) if section == 0 else (folded * fold, rows - folded * fold, 1)
 
 
+# ---- forward ---------------------------------------------------------------------------------------
+
+
+@compiled
+def _deviations(x, top, stride, rows, columns, centre, sums):
+    """sums[j] = the sum of x - centre down each column, a few rows at a time, so that they stay in registers."""
+    zero = spread4(x, 0.0)
+    for first in range(0, rows, TOGETHER):
+        last = least(first + TOGETHER, rows)
+        for j in range(0, columns, 4 * lanes(x)):
+            middle = load4(centre, j, SCRATCH, zero)
+            running = load4(sums, j, SCRATCH, zero) if first > 0 else zero
+            for row in range(first, last):
+                running += load4(x, top + row * stride + j, columns - j, middle) - middle
+            store4(sums, j, running, SCRATCH)
+
+
+@compiled
+def _squares(x, top, stride, rows, columns, centre, sums):
+    """sums[j] = the sum of (x - centre)^2 down each column."""
+    zero = spread4(x, 0.0)
+    for first in range(0, rows, TOGETHER):
+        last = least(first + TOGETHER, rows)
+        for j in range(0, columns, 4 * lanes(x)):
+            middle = load4(centre, j, SCRATCH, zero)
+            running = load4(sums, j, SCRATCH, zero) if first > 0 else zero
+            for row in range(first, last):
+                deviation = load4(x, top + row * stride + j, columns - j, middle) - middle
+                running += deviation * deviation
+            store4(sums, j, running, SCRATCH)
+
+
 @compiled
 def _matrix_moments(x, start, stride, rows, columns, mean, squares):
     """Mean and centred squares of each column of a matrix; a chunk's first row is the pivot."""
-    total, centre, deviations = workspace(x, columns), workspace(x, columns), workspace(x, columns)
+    zero = spread4(x, 0.0)
+    centre, sums, chunk_mean = scratch(x), scratch(x), scratch(mean)
     for chunk in range(0, rows, CHUNK):
-        count = min(CHUNK, rows - chunk)
+        count = least(CHUNK, rows - chunk)
         top = start + chunk * stride
+        share = count / (chunk + count)
+        for j in range(0, columns, 4 * lanes(x)):
+            store4(centre, j, load4(x, top + j, columns - j, zero), SCRATCH)
+        _deviations(x, top, stride, count, columns, centre, sums)
         for j in range(columns):
-            total[j] = 0.0
-            deviations[j] = 0.0
-        for row in range(1, count):
-            base = top + row * stride
-            for j in range(columns):
-                total[j] += load(x, base + j) - load(x, top + j)
+            exact = element(centre, j) + element(sums, j) / count
+            put(chunk_mean, j, exact)
+            put(centre, j, exact)
+        _squares(x, top, stride, count, columns, centre, sums)
         for j in range(columns):
-            centre[j] = rounded(x, load(x, top + j) + np.float64(total[j]) / count)
-        for row in range(count):
-            base = top + row * stride
-            for j in range(columns):
-                deviation = load(x, base + j) - centre[j]
-                deviations[j] += deviation * deviation
-        for j in range(columns):
-            chunk_mean = load(x, top + j) + np.float64(total[j]) / count
-            chunk_squares = centred_squares(np.float64(deviations[j]), count, chunk_mean - centre[j])
-            mean[j], squares[j] = merged(chunk, mean[j], squares[j], count, chunk_mean, chunk_squares)
+            exact = element(chunk_mean, j)
+            more = centred_squares(element(sums, j), count, exact - element(centre, j))
+            if chunk > 0:
+                more = merged_squares(element(mean, j), element(squares, j), exact, more, chunk, share)
+                exact = merged_mean(element(mean, j), exact, share)
+            put(mean, j, exact)
+            put(squares, j, more)
 
 
 @compiled
@@ -116,255 +166,231 @@ def _merge_columns(mean, squares, rows, seen, inner, channels, fold, first, into
         for copy in range(fold):
             for i in range(inner):
                 j = (copy * channels + channel) * inner + i
-                into_mean[target], into_squares[target] = merged(
-                    count, into_mean[target], into_squares[target], rows, mean[j], squares[j]
-                )
+                share = rows / (count + rows)
+                squares_there = into_squares[target] if count > 0 else 0.0
+                mean_there = into_mean[target] if count > 0 else 0.0
+                into_squares[target] = merged_squares(mean_there, squares_there, mean[j], squares[j], count, share)
+                into_mean[target] = merged_mean(mean_there, mean[j], share)
                 count += rows
 
 
 @compiled
-def _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, begin, end):
+def _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, first, group, part):
     """Moments of a block of channels over a part of the rows, into row `part` of the part arrays."""
-    for task in range(begin, end):
-        first, group, row, rows = _extent(task, outer, channels, grid)
-        fold = grid[2]
-        width, columns = channels * inner, group * inner
-        into = task // grid[1] * channels + first
-        mean, squares = np.empty(columns * fold), np.empty(columns * fold)
-        for section in range(2):
-            above, folded, copies = _section(section, rows, fold)
-            if folded > 0:
-                start = (row + above) * width + first * inner
-                _matrix_moments(x, start, width * copies, folded, columns * copies, mean, squares)
-                _merge_columns(
-                    mean, squares, folded, above * inner, inner, group, copies, into, part_mean, part_squares
-                )
+    _, _, fold, part_rows, _ = grid
+    row, into = part * part_rows, part * channels + first
+    rows = least(part_rows, outer - row)
+    mean, squares = scratch(part_mean), scratch(part_mean)
+    for section in range(2):
+        above, folded, copies = _section(section, rows, fold)
+        if folded > 0:
+            start = ((row + above) * channels + first) * inner
+            width = channels * inner * copies
+            _matrix_moments(x, start, width, folded, group * inner * copies, mean, squares)
+            _merge_columns(mean, squares, folded, above * inner, inner, group, copies, into, part_mean, part_squares)
 
 
 @compiled
 def _merge_parts(outer, channels, inner, grid, part_mean, part_squares, mean, var, first, last):
     """Merge the parts of some channels, and divide."""
-    part_rows, parts = grid[3], grid[4]
-    for channel in range(first, last):
-        seen, merged_mean, squares = 0, 0.0, 0.0
-        for part in range(parts):
-            count = min(part_rows, outer - part * part_rows) * inner
-            i = part * channels + channel
-            merged_mean, squares = merged(seen, merged_mean, squares, count, part_mean[i], part_squares[i])
-            seen += count
-        mean[channel], var[channel] = merged_mean, squares / seen
+    _, _, _, part_rows, parts = grid
+    seen = 0
+    for part in range(parts):
+        count = least(part_rows, outer - part * part_rows) * inner
+        share = count / (seen + count)
+        for c in range(first, last):
+            i = part * channels + c
+            squares, exact = element(part_squares, i), element(part_mean, i)
+            if part > 0:
+                squares = merged_squares(element(mean, c), element(var, c), exact, squares, seen, share)
+                exact = merged_mean(element(mean, c), exact, share)
+            put(mean, c, exact)
+            put(var, c, squares)
+        seen += count
+    for c in range(first, last):
+        var[c] /= seen
+
+
+@compiled
+def _lines_of_columns(lines, channels, inner, fold, kinds, first, last, columns, length):
+    """The `kinds` coefficients of channels first..last for each of their columns in a folded row, and for those with
+    which the row starts behind its end, too."""
+    width = channels * inner
+    for kind in range(kinds):
+        for c in range(first, last):
+            value = element(lines, kind * channels + c)
+            for i in range(c * inner, (c + 1) * inner):
+                for j in range(i, length, width):
+                    put(columns, kind * length + j, value)
+
+
+@compiled
+def _write_extent(task, steps, run, outer, channels, inner, blocks, first, last):
+    """The memory that a task writes: a band of all, the last first, since it was read last; or a block's rows."""
+    size = outer * channels * inner
+    if steps == WRITE:
+        band = -(-size // BAND) - 1 - task
+        return band * BAND, least((band + 1) * BAND, size)
+    if blocks == 1:
+        return 0, size
+    return (run * channels + first) * inner, (run * channels + last) * inner
+
+
+@compiled
+def _normalized_whole(arrays, i, j, ahead):
+    x, columns, length = arrays
+    prefetch(x, i + ahead)
+    scale, shift = load(columns, length + j), load(columns, 2 * length + j)
+    return normalized(load(x, i), load(columns, j), scale, shift)
+
+
+@compiled
+def _normalized_part(arrays, i, j, count):
+    x, columns, length = arrays
+    centre, scale, shift = load(columns, j), load(columns, length + j), load(columns, 2 * length + j)
+    return normalized(load_part(x, i, 0, count, centre), centre, scale, shift)
+
+
+_write_normalized = writer_of_columns(_normalized_whole, _normalized_part)
 
 
 @Kernel
-def moments(launcher, x, outer, channels, inner, mean, var):
-    cut = grid(outer, channels, inner)
-    blocks, parts = cut[1], cut[4]
-    part_mean, part_squares = np.empty(parts * channels), np.empty(parts * channels)
-    arguments = (x, outer, channels, inner, cut, part_mean, part_squares)
-    for_each(launcher, _part_moments, arguments, parts * blocks)
-    _merge_parts(outer, channels, inner, cut, part_mean, part_squares, mean, var, 0, channels)
-
-
-@compiled
-def _normalize_matrix(x, y, start, stride, rows, columns, centre, scale, shift):
-    for row in range(rows):
-        base = start + row * stride
-        for j in range(columns):
-            store(y, base + j, normalized(load(x, base + j), centre[j], scale[j], shift[j]))
-
-
-@compiled
-def _normalize_parts(x, y, outer, channels, inner, grid, mean, var, eps, gamma, beta, begin, end):
+def forward(
+    launcher, begin, end, x, y, outer, channels, inner, grid, steps, part_mean, part_squares, mean, var, eps,
+    parameters, lines, columns, past_cache, ahead,
+):  # fmt: skip
+    """lines, columns: room for three coefficients a channel, and a column of a folded row and a line more."""
+    if launcher:
+        hand_out(launcher, end)
+        return
+    period, length = channels * inner * grid[2], columns.size // 3
     for task in range(begin, end):
-        first, group, row, rows = _extent(task, outer, channels, grid)
-        fold = grid[2]
-        width, columns = channels * inner, group * inner
-        centre, scale, shift = (
-            workspace(x, columns * fold), workspace(x, columns * fold), workspace(x, columns * fold),
-        )  # fmt: skip
-        for channel in range(group):
-            c = first + channel
-            line = affine_line(x, mean[c], var[c], eps, gamma[c], beta[c])
-            for copy in range(fold):
-                for i in range(inner):
-                    j = (copy * group + channel) * inner + i
-                    centre[j], scale[j], shift[j] = line
-        for section in range(2):
-            above, folded, copies = _section(section, rows, fold)
-            start = (row + above) * width + first * inner
-            _normalize_matrix(x, y, start, width * copies, folded, columns * copies, centre, scale, shift)
+        first, last, part, upto = _share(y, task, steps, outer, channels, inner, grid)
+        if steps & SUMS:
+            for i in range(part, upto):
+                _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, first, last - first, i)
+        if steps & FINISH:
+            _merge_parts(outer, channels, inner, grid, part_mean, part_squares, mean, var, first, last)
+        if steps & COEFFICIENTS:
+            normalizing_lines(x, mean, var, eps, parameters, lines, channels, first, last)
+            _lines_of_columns(lines, channels, inner, grid[2], 3, first, last, columns, length)
+        if steps & WRITE:
+            for run in range(1 if steps == WRITE or grid[1] == 1 else outer):
+                at, end_at = _write_extent(task, steps, run, outer, channels, inner, grid[1], first, last)
+                _write_normalized((x, columns, length), y, at, end_at, period, past_cache, ahead)
+    fence()
 
 
-@Kernel
-def apply(launcher, x, outer, channels, inner, mean, var, eps, gamma, beta, y):
-    cut = grid(outer, channels, inner)
-    arguments = (x, y, outer, channels, inner, cut, mean, var, eps, gamma, beta)
-    for_each(launcher, _normalize_parts, arguments, cut[4] * cut[1])
-
-
-@compiled
-def _forward_blocks(
-    x, y, outer, channels, inner, grid, part_mean, part_squares, mean, var, eps, gamma, beta, begin, end
-):
-    """Statistics of a block of channels, then, while it is in the cache, its output."""
-    group, blocks, _, _, parts = grid
-    for task in range(begin, end):
-        for at in range(task, parts * blocks, blocks):
-            _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, at, at + 1)
-        first = task * group
-        last = min(first + group, channels)
-        _merge_parts(outer, channels, inner, grid, part_mean, part_squares, mean, var, first, last)
-        for at in range(task, parts * blocks, blocks):
-            _normalize_parts(x, y, outer, channels, inner, grid, mean, var, eps, gamma, beta, at, at + 1)
-
-
-@Kernel
-def forward(launcher, x, outer, channels, inner, gamma, beta, eps, y, mean, var):
-    cut = grid(outer, channels, inner)
-    blocks, parts = cut[1], cut[4]
-    part_mean, part_squares = np.empty(parts * channels), np.empty(parts * channels)
-    arguments = (
-        x, y, outer, channels, inner, cut, part_mean, part_squares, mean, var, eps, gamma, beta,
-    )  # fmt: skip
-    for_each(launcher, _forward_blocks, arguments, blocks)
-
-
-# ---- backward -------------------------------------------------------------------------------------
+# ---- backward --------------------------------------------------------------------------------------
 
 
 @compiled
 def _matrix_sums(dy, x, start, stride, rows, columns, centre, sum_dy, sum_dy_centred):
     """Add sum(dy) and sum(dy*(x - centre)) of each column; float32 chains end after CHUNK rows."""
-    chunk_dy, chunk_dy_centred = workspace(x, columns), workspace(x, columns)
-    for chunk in range(0, rows, CHUNK):
-        for j in range(columns):
-            chunk_dy[j] = 0.0
-            chunk_dy_centred[j] = 0.0
-        for row in range(chunk, min(chunk + CHUNK, rows)):
-            base = start + row * stride
+    zero = spread4(x, 0.0)
+    chunk_dy, chunk_dy_centred = scratch(x), scratch(x)
+    for first in range(0, rows, TOGETHER):
+        last = least(first + TOGETHER, rows)
+        for j in range(0, columns, 4 * lanes(x)):
+            middle = load4(centre, j, SCRATCH, zero)
+            running_dy, running = zero, zero
+            if first % CHUNK > 0:
+                running_dy, running = load4(chunk_dy, j, SCRATCH, zero), load4(chunk_dy_centred, j, SCRATCH, zero)
+            for row in range(first, last):
+                at = start + row * stride + j
+                grad = load4(dy, at, columns - j, zero)
+                running_dy += grad
+                running += grad * (load4(x, at, columns - j, middle) - middle)
+            store4(chunk_dy, j, running_dy, SCRATCH)
+            store4(chunk_dy_centred, j, running, SCRATCH)
+        if last % CHUNK == 0 or last == rows:
             for j in range(columns):
-                grad = load(dy, base + j)
-                chunk_dy[j] += grad
-                chunk_dy_centred[j] += grad * (load(x, base + j) - centre[j])
-        for j in range(columns):
-            sum_dy[j] += chunk_dy[j]
-            sum_dy_centred[j] += chunk_dy_centred[j]
+                put(sum_dy, j, element(sum_dy, j) + element(chunk_dy, j))
+                put(sum_dy_centred, j, element(sum_dy_centred, j) + element(chunk_dy_centred, j))
 
 
 @compiled
-def _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centred, begin, end):
+def _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centred, first, group, part):
     """Sums of a block of channels over a part of the rows, into row `part` of the part arrays."""
-    for task in range(begin, end):
-        first, group, row, rows = _extent(task, outer, channels, grid)
-        fold = grid[2]
-        width, columns = channels * inner, group * inner
-        centre = workspace(x, columns * fold)
+    _, _, fold, part_rows, _ = grid
+    row, into = part * part_rows, part * channels + first
+    rows, columns = least(part_rows, outer - row), group * inner
+    centre, sum_dy, sum_dy_centred = scratch(x), scratch(mean), scratch(mean)
+    for c in range(group):
         for copy in range(fold):
-            for j in range(columns):
-                centre[copy * columns + j] = rounded(x, mean[first + j // inner])
-        sum_dy, sum_dy_centred = np.zeros(columns * fold), np.zeros(columns * fold)
-        for section in range(2):
-            above, folded, copies = _section(section, rows, fold)
-            start = (row + above) * width + first * inner
-            _matrix_sums(dy, x, start, width * copies, folded, columns * copies, centre, sum_dy, sum_dy_centred)
-        into = task // grid[1] * channels + first
-        for channel in range(group):
-            total, centred = 0.0, 0.0
-            for copy in range(fold):
-                for i in range(inner):
-                    j = (copy * group + channel) * inner + i
-                    total += sum_dy[j]
-                    centred += sum_dy_centred[j]
-            part_dy[into + channel], part_dy_centred[into + channel] = total, centred
+            for j in range(copy * columns + c * inner, copy * columns + (c + 1) * inner):
+                centre[j], sum_dy[j], sum_dy_centred[j] = mean[first + c], 0.0, 0.0
+    for section in range(2):
+        above, folded, copies = _section(section, rows, fold)
+        start = ((row + above) * channels + first) * inner
+        width = channels * inner * copies
+        _matrix_sums(dy, x, start, width, folded, columns * copies, centre, sum_dy, sum_dy_centred)
+    for c in range(group):
+        total_dy, centred = 0.0, 0.0
+        for copy in range(fold):
+            for j in range(copy * columns + c * inner, copy * columns + (c + 1) * inner):
+                total_dy += sum_dy[j]
+                centred += sum_dy_centred[j]
+        part_dy[into + c], part_dy_centred[into + c] = total_dy, centred
 
 
 @compiled
 def _add_parts(x, channels, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last):
     for c in range(first, last):
-        total, centred = 0.0, 0.0
-        for part in range(parts):
-            total += part_dy[part * channels + c]
-            centred += part_dy_centred[part * channels + c]
+        sum_dy[c], sum_dy_xhat[c] = 0.0, 0.0
+    for part in range(parts):
+        for c in range(first, last):
+            put(sum_dy, c, element(sum_dy, c) + element(part_dy, part * channels + c))
+            put(sum_dy_xhat, c, element(sum_dy_xhat, c) + element(part_dy_centred, part * channels + c))
+    for c in range(first, last):
         rest = mean[c] - rounded(x, mean[c])
-        sum_dy[c], sum_dy_xhat[c] = total, sum_times_xhat(rstd(var[c], eps), rest, total, centred)
+        sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), rest, sum_dy[c], sum_dy_xhat[c])
+
+
+@compiled
+def _gradient_whole(arrays, i, j, ahead):
+    dy, x, columns, length = arrays
+    prefetch(dy, i + ahead)
+    prefetch(x, i + ahead)
+    centre, scale = load(columns, j), load(columns, length + j)
+    lift, slope = load(columns, 2 * length + j), load(columns, 3 * length + j)
+    return input_gradient(load(dy, i), load(x, i), centre, scale, lift, slope)
+
+
+@compiled
+def _gradient_part(arrays, i, j, count):
+    dy, x, columns, length = arrays
+    centre, scale = load(columns, j), load(columns, length + j)
+    lift, slope = load(columns, 2 * length + j), load(columns, 3 * length + j)
+    grad, value = load_part(dy, i, 0, count, lift), load_part(x, i, 0, count, centre)
+    return input_gradient(grad, value, centre, scale, lift, slope)
+
+
+_write_gradient = writer_of_columns(_gradient_whole, _gradient_part)
 
 
 @Kernel
-def backward_reduce(launcher, dy, x, outer, channels, inner, mean, var, eps, sum_dy, sum_dy_xhat):
-    cut = grid(outer, channels, inner)
-    blocks, parts = cut[1], cut[4]
-    part_dy, part_dy_centred = np.empty(parts * channels), np.empty(parts * channels)
-    arguments = (dy, x, outer, channels, inner, cut, mean, part_dy, part_dy_centred)
-    for_each(launcher, _part_sums, arguments, parts * blocks)
-    _add_parts(x, channels, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, 0, channels)
-
-
-@compiled
-def _gradient_matrix(dy, x, dx, start, stride, rows, columns, centre, scale, lift, slope):
-    for row in range(rows):
-        base = start + row * stride
-        for j in range(columns):
-            grad = input_gradient(load(dy, base + j), load(x, base + j), centre[j], scale[j], lift[j], slope[j])
-            store(dx, base + j, grad)
-
-
-@compiled
-def _gradient_parts(
-    dy, x, dx, outer, channels, inner, grid, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, begin, end
+def backward(
+    launcher, begin, end, dy, x, dx, outer, channels, inner, grid, steps, part_dy, part_dy_centred, mean, var, eps,
+    gamma, mask, sum_dy, sum_dy_xhat, count, lines, columns, past_cache, ahead,
 ):  # fmt: skip
+    """lines, columns: as in `forward`, for four coefficients."""
+    if launcher:
+        hand_out(launcher, end)
+        return
+    period, length = channels * inner * grid[2], columns.size // 4
     for task in range(begin, end):
-        first, group, row, rows = _extent(task, outer, channels, grid)
-        fold = grid[2]
-        width, columns = channels * inner, group * inner
-        centre, scale = workspace(x, columns * fold), workspace(x, columns * fold)
-        lift, slope = workspace(x, columns * fold), workspace(x, columns * fold)
-        for channel in range(group):
-            c = first + channel
-            line = gradient_line(x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count)
-            for copy in range(fold):
-                for i in range(inner):
-                    j = (copy * group + channel) * inner + i
-                    centre[j], scale[j], lift[j], slope[j] = line
-        for section in range(2):
-            above, folded, copies = _section(section, rows, fold)
-            start = (row + above) * width + first * inner
-            _gradient_matrix(dy, x, dx, start, width * copies, folded, columns * copies, centre, scale, lift, slope)
-
-
-@Kernel
-def backward_apply(launcher, dy, x, outer, channels, inner, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, dx):
-    cut = grid(outer, channels, inner)
-    arguments = (dy, x, dx, outer, channels, inner, cut, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count)
-    for_each(launcher, _gradient_parts, arguments, cut[4] * cut[1])
-
-
-@compiled
-def _backward_blocks(
-    dy, x, dx, outer, channels, inner, grid, part_dy, part_dy_centred,
-    mean, var, eps, gamma, sum_dy, sum_dy_xhat, begin, end,
-):  # fmt: skip
-    group, blocks, _, _, parts = grid
-    count = float(outer * inner)
-    for task in range(begin, end):
-        for at in range(task, parts * blocks, blocks):
-            _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centred, at, at + 1)
-        first = task * group
-        last = min(first + group, channels)
-        _add_parts(x, channels, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
-        for at in range(task, parts * blocks, blocks):
-            _gradient_parts(
-                dy, x, dx, outer, channels, inner, grid, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count,
-                at, at + 1,
-            )  # fmt: skip
-
-
-@Kernel
-def backward(launcher, dy, x, outer, channels, inner, mean, var, eps, gamma, dx, sum_dy, sum_dy_xhat):
-    cut = grid(outer, channels, inner)
-    blocks, parts = cut[1], cut[4]
-    part_dy, part_dy_centred = np.empty(parts * channels), np.empty(parts * channels)
-    arguments = (
-        dy, x, dx, outer, channels, inner, cut, part_dy, part_dy_centred,
-        mean, var, eps, gamma, sum_dy, sum_dy_xhat,
-    )  # fmt: skip
-    for_each(launcher, _backward_blocks, arguments, blocks)
+        first, last, part, upto = _share(dx, task, steps, outer, channels, inner, grid)
+        if steps & SUMS:
+            for i in range(part, upto):
+                _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centred, first, last - first, i)
+        if steps & FINISH:
+            _add_parts(x, channels, grid[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
+        if steps & COEFFICIENTS:
+            gradient_lines(x, mean, var, eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
+            _lines_of_columns(lines, channels, inner, grid[2], 4, first, last, columns, length)
+        if steps & WRITE:
+            for run in range(1 if steps == WRITE or grid[1] == 1 else outer):
+                at, end_at = _write_extent(task, steps, run, outer, channels, inner, grid[1], first, last)
+                _write_gradient((dy, x, columns, length), dx, at, end_at, period, past_cache, ahead)
+    fence()

@@ -22,14 +22,9 @@ numba: Any = _typed_numba  # the stubs of Numba know only part of what it export
 PARALLEL_FROM = 1 << 15
 """Elements from which a kernel runs in parallel: a parallel region costs about 2 us with omp."""
 
-HELPER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Options of what only kernels call; compiling the wrappers that Python would need costs as much again."""
-
-compiled = numba.njit(nogil=True, forceinline=False, **HELPER)
-"""Compile a function that kernels call; its machine code is cached with theirs."""
-
-inlined = numba.njit(nogil=True, forceinline=True, **HELPER)
-"""The same for what runs once a short row: arrays passed to a function cost more than such a row."""
+compiled = numba.njit(inline="always", error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""A function that kernels call. Numba inlines it before it infers types: a function of its own would be optimized by
+itself and again wherever it is linked in, and arrays passed to it cost more than a short row."""
 
 # ---- threads and processes ------------------------------------------------------------------------
 
@@ -68,51 +63,55 @@ def _sources_stamp() -> tuple[tuple[float, int], ...]:
     return tuple((stat.st_mtime, stat.st_size) for stat in (file.stat() for file in files))
 
 
-_launchers: dict[bool, Any] = {}
-_launchers_lock = threading.Lock()
+_parallel_loop: Any = None
+_parallel_loop_lock = threading.Lock()
 
 
-def _launcher(parallel: bool) -> int:
+def _launcher() -> int:
     """Address of the loop over tasks; compiled on first use, cached on disk."""
-    with _launchers_lock:
-        if parallel not in _launchers:
-            function = _tasks.run_parallel if parallel else _tasks.run_serial
-            _launchers[parallel] = numba.cfunc("void(int64,int64,int64)", cache=True, parallel=parallel)(function)
-        address: int = _launchers[parallel].address
+    global _parallel_loop
+    with _parallel_loop_lock:
+        if _parallel_loop is None:
+            decorator = numba.cfunc("void(int64,int64,int64)", cache=True, parallel=True)
+            _parallel_loop = decorator(_tasks.run_parallel)
+        address: int = _parallel_loop.address
     return address
 
 
 class Kernel:
-    """A function of (launcher, *arguments), called with (elements it works through, *arguments)."""
+    """A function of (launcher, begin, end, *arguments), called with (elements it works through, tasks, *arguments).
+
+    It works on tasks begin..end, or, given a launcher, hands them out to itself.
+    """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._run = numba.njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)(function)
         # The cache notices changes of the file that holds a function, not of those it calls.
         self._run._cache._cache_file._source_stamp = _sources_stamp()
 
-    def __call__(self, elements: int, *arguments: Any) -> None:
-        if elements < PARALLEL_FROM or threads() == 1:
-            self._run(_launcher(parallel=False), *arguments)
+    def __call__(self, elements: int, tasks: int, *arguments: Any) -> None:
+        if elements < PARALLEL_FROM or threads() == 1 or tasks == 1:
+            self._run(0, 0, tasks, *arguments)
             return
         before = numba.get_num_threads()  # per Python thread; also starts the threading layer
         if numba.threading_layer() != "workqueue":
-            self._run_parallel(before, arguments)
+            self._run_parallel(before, tasks, arguments)
         elif _workqueue.acquire(blocking=False):
             try:
-                self._run_parallel(before, arguments)
+                self._run_parallel(before, tasks, arguments)
             finally:
                 _workqueue.release()
         else:
-            self._run(_launcher(parallel=False), *arguments)
+            self._run(0, 0, tasks, *arguments)
 
-    def _run_parallel(self, before: int, arguments: tuple[Any, ...]) -> None:
+    def _run_parallel(self, before: int, tasks: int, arguments: tuple[Any, ...]) -> None:
         """Run on `_threads` threads, and leave the caller's own Numba setting as it was."""
-        launcher = _launcher(parallel=True)
+        launcher = _launcher()
         if before == _threads:
-            self._run(launcher, *arguments)
+            self._run(launcher, 0, tasks, *arguments)
             return
         numba.set_num_threads(_threads)
         try:
-            self._run(launcher, *arguments)
+            self._run(launcher, 0, tasks, *arguments)
         finally:
             numba.set_num_threads(before)

@@ -1,4 +1,8 @@
-"""The channel family where a channel is runs of adjacent elements: (outer, channels, inner), inner long.
+"""Channels as runs of adjacent elements, (outer, channels, inner) with inner long; and rows, which are that, too.
+
+A row of (rows, cols) is a channel of (1, rows, cols), so that its statistics do not depend on the other rows.
+What a row adds are gamma and beta by column: `by_run` and `by_column` are (gamma, mask of its index, beta, mask),
+where an absent one is a vector of ones or zeros with mask 0, read again and again.
 
 The spec of the tiling, for one channel:
 
@@ -8,8 +12,7 @@ The spec of the tiling, for one channel:
         merge the blocks in order
     merge the parts in order
 
-The order depends on outer and inner alone. A row of (rows, cols) is a channel of (1, rows, cols), so its
-statistics do not depend on the other rows.
+The order depends on outer and inner alone.
 """
 
 # mypy: ignore-errors
@@ -17,309 +20,347 @@ statistics do not depend on the other rows.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._output import line_start, writer_of_runs
 from fastnorm.backends.numba_cpu._scalars import (
-    LANES,
-    across,
     affine_line,
     centred_squares,
-    clear,
     gradient_line,
     input_gradient,
-    load,
-    merged,
+    least,
+    merged_mean,
+    merged_squares,
     normalized,
     rounded,
     rstd,
-    stack_lanes,
-    store,
     sum_times_xhat,
 )
-from fastnorm.backends.numba_cpu._tasks import for_each
+from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._vectors import (
+    element,
+    fence,
+    lanes,
+    load,
+    load4,
+    load_part,
+    prefetch,
+    put,
+    scratch,
+    spread,
+    spread4,
+    total,
+)
 
 BLOCK = 4096
 """Elements of a block: 16 KB of float32, half of L1, and at most 64 additions to each of the running sums."""
 PART_BLOCKS = 16
 PIECE = 1 << 16
-"""Elements of a run that one task normalizes."""
+"""Elements that one task writes where the statistics are known."""
+TOGETHER = 16
+"""Short channels at most that go through each pass together: one at a time waits for its own sums."""
+
+SUMS, FINISH, COEFFICIENTS, WRITE = 1, 2, 4, 8
+"""The steps of a call, as bits. A task of all is a slab of channels; alone, a step's task is a part of a channel,
+some channels, a piece of memory. (A single kernel for a call and its parts is compiled once.)"""
 
 
-@compiled
-def tiling(outer, inner):
-    """(runs a block, elements of a run a block, blocks a run, blocks a channel, parts a channel)"""
+Tiles = tuple[int, int, int, int, int, int]
+
+
+def tiling(outer: int, inner: int) -> Tiles:
+    """(runs a block, elements of a run a block, blocks a run, blocks a channel, parts a channel, blocks together)"""
     if inner < BLOCK:
         runs, length, pieces = BLOCK // inner, inner, 1
     else:
         pieces = -(-inner // BLOCK)
         runs, length = 1, -(-inner // pieces)
     blocks = -(-outer // runs) * pieces
-    return runs, length, pieces, blocks, -(-blocks // PART_BLOCKS)
+    together = max(1, min(TOGETHER, BLOCK // (outer * inner))) if blocks == 1 else 1
+    return runs, length, pieces, blocks, -(-blocks // PART_BLOCKS), together
 
 
 @compiled
-def elements_before(block, outer, inner, tiles):
-    """Elements of a channel in the blocks before this one."""
-    runs, length, pieces, _, _ = tiles
-    return min(block // pieces * runs, outer) * inner + block % pieces * length
+def _block(block, outer, channels, inner, tiles):
+    """(first element, runs, elements of a run) of a block of the first channel."""
+    runs, length, pieces, _, _, _ = tiles
+    run, i = block // pieces * runs, block % pieces * length
+    return run * channels * inner + i, least(runs, outer - run), least(length, inner - i)
 
 
 @compiled
-def part_elements(part, outer, inner, tiles):
-    """Elements of a channel in this part."""
-    last = min((part + 1) * PART_BLOCKS, tiles[3])
-    return elements_before(last, outer, inner, tiles) - elements_before(part * PART_BLOCKS, outer, inner, tiles)
+def _share(task, steps, channels, group, tiles):
+    """(first channel, last channel, first block, last block) of the sums that a task computes."""
+    _, _, _, blocks, parts, _ = tiles
+    part, upto = 0, blocks
+    if steps == SUMS:
+        task, part = task // parts, task % parts * PART_BLOCKS
+        upto = least(part + PART_BLOCKS, blocks)
+    return task * group, least((task + 1) * group, channels), part, upto
 
 
 @compiled
-def _block_moments(x, start, stride, runs, length):
-    """(mean, centred squares) of `runs` runs of `length` elements; the first element is the pivot."""
-    sums = stack_lanes(x)
-    pivot = load(x, start)
-    count, rest = runs * length, length % LANES
-    clear(sums)
+def _stretch(out, task, steps, run, outer, channels, inner, group, begin, end):
+    """The memory that a task writes: that of its channels in one run, or a piece of all.
+
+    Where slabs follow one another in memory, a line that two of them share is written with the second.
+    """
+    if steps == WRITE:  # the last first, since it was read last
+        size = outer * channels * inner
+        piece = -(-size // PIECE) - 1 - task
+        return piece * PIECE, least((piece + 1) * PIECE, size)
+    first, last = task * group, least((task + 1) * group, channels)
+    first, last = (run * channels + first) * inner, (run * channels + last) * inner
+    if outer == 1:
+        lowest = begin * group * inner
+        first = line_start(out, first, lowest)
+        last = line_start(out, last, lowest) if task + 1 < end else last
+    return first, last
+
+
+# ---- forward ---------------------------------------------------------------------------------------
+
+
+@compiled
+def _mean(x, start, stride, runs, length):
+    """Mean of `runs` runs of `length` elements; the first element is the pivot."""
+    pivot = spread4(x, element(x, start))
+    sums = spread4(x, 0.0)
     for run in range(runs):
-        base = start + run * stride
-        for i in range(base, base + length - rest, LANES):
-            for lane in range(LANES):
-                sums[lane] += load(x, i + lane) - pivot
-        for lane in range(rest):
-            sums[lane] += load(x, base + length - rest + lane) - pivot
-    mean = pivot + across(sums) / count
-    centre = rounded(x, mean)
-    clear(sums)
+        first, last = start + run * stride, start + run * stride + length
+        for i in range(first, last, 4 * lanes(x)):
+            sums += load4(x, i, last - i, pivot) - pivot
+    return element(x, start) + total(sums) / (runs * length)
+
+
+@compiled
+def _squares(x, start, stride, runs, length, mean):
+    """Sum of squares about the mean of the same."""
+    centre = spread4(x, mean)
+    sums = spread4(x, 0.0)
     for run in range(runs):
-        base = start + run * stride
-        for i in range(base, base + length - rest, LANES):
-            for lane in range(LANES):
-                deviation = load(x, i + lane) - centre
-                sums[lane] += deviation * deviation
-        for lane in range(rest):
-            deviation = load(x, base + length - rest + lane) - centre
-            sums[lane] += deviation * deviation
-    return mean, centred_squares(across(sums), count, mean - centre)
+        first, last = start + run * stride, start + run * stride + length
+        for i in range(first, last, 4 * lanes(x)):
+            deviation = load4(x, i, last - i, centre) - centre
+            sums += deviation * deviation
+    return centred_squares(total(sums), runs * length, mean - rounded(x, mean))
 
 
 @compiled
-def part_moments(x, outer, channels, inner, channel, part, tiles):
-    """(mean, centred squares) of a part of a channel."""
-    runs, length, pieces, blocks, _ = tiles
-    stride = channels * inner
-    if blocks == 1:  # short rows: the divisions below take as long as 64 elements
-        return _block_moments(x, channel * inner, stride, outer, inner)
-    seen, mean, squares = 0, 0.0, 0.0
-    for block in range(part * PART_BLOCKS, min((part + 1) * PART_BLOCKS, blocks)):
-        run, i = block // pieces * runs, block % pieces * length
-        block_runs, block_length = min(runs, outer - run), min(length, inner - i)
-        block_mean, block_squares = _block_moments(
-            x, run * stride + channel * inner + i, stride, block_runs, block_length
-        )
-        count = block_runs * block_length
-        mean, squares = merged(seen, mean, squares, count, block_mean, block_squares)
-        seen += count
-    return mean, squares
-
-
-@compiled
-def channel_moments(x, outer, channels, inner, channel, tiles):
-    """(mean, var) of a whole channel."""
-    if tiles[3] == 1:
-        mean, squares = _block_moments(x, channel * inner, channels * inner, outer, inner)
-        return mean, squares / (outer * inner)
-    seen, mean, squares = 0, 0.0, 0.0
-    for part in range(tiles[4]):
-        part_mean, part_squares = part_moments(x, outer, channels, inner, channel, part, tiles)
-        count = part_elements(part, outer, inner, tiles)
-        mean, squares = merged(seen, mean, squares, count, part_mean, part_squares)
-        seen += count
-    return mean, squares / seen
-
-
-@compiled
-def _store_moments(x, outer, channels, inner, tiles, part_mean, part_squares, begin, end):
-    for task in range(begin, end):
-        channel, part = task // tiles[4], task % tiles[4]
-        part_mean[task], part_squares[task] = part_moments(x, outer, channels, inner, channel, part, tiles)
-
-
-@Kernel
-def moments(launcher, x, outer, channels, inner, mean, var):
-    tiles = tiling(outer, inner)
-    parts = tiles[4]
-    part_mean, part_squares = np.empty(channels * parts), np.empty(channels * parts)
-    arguments = (x, outer, channels, inner, tiles, part_mean, part_squares)
-    for_each(launcher, _store_moments, arguments, channels * parts)
-    for channel in range(channels):
-        seen, mean[channel], var[channel] = 0, 0.0, 0.0
-        for part in range(parts):
-            task, count = channel * parts + part, part_elements(part, outer, inner, tiles)
-            mean[channel], var[channel] = merged(
-                seen, mean[channel], var[channel], count, part_mean[task], part_squares[task]
-            )
-            seen += count
-        var[channel] /= seen
-
-
-@compiled
-def _normalize_run(x, y, start, length, centre, scale, shift):
-    for i in range(start, start + length):
-        store(y, i, normalized(load(x, i), centre, scale, shift))
-
-
-@compiled
-def _normalize_pieces(x, y, channels, inner, pieces, mean, var, eps, gamma, beta, begin, end):
-    """Piece `task % pieces` of run `task // pieces`, in the order of memory."""
-    for task in range(begin, end):
-        run, piece = task // pieces, task % pieces
-        channel = run % channels
-        centre, scale, shift = affine_line(x, mean[channel], var[channel], eps, gamma[channel], beta[channel])
-        length = min(PIECE, inner - piece * PIECE)
-        _normalize_run(x, y, run * inner + piece * PIECE, length, centre, scale, shift)
-
-
-@Kernel
-def apply(launcher, x, outer, channels, inner, mean, var, eps, gamma, beta, y):
-    pieces = -(-inner // PIECE)
-    arguments = (x, y, channels, inner, pieces, mean, var, eps, gamma, beta)
-    for_each(launcher, _normalize_pieces, arguments, outer * channels * pieces)
-
-
-@compiled
-def _forward_groups(x, y, outer, channels, inner, group, tiles, mean, var, eps, gamma, beta, begin, end):
-    """Statistics of a group of channels, then, while they are in the cache, their output."""
-    for task in range(begin, end):
-        first, last = task * group, min((task + 1) * group, channels)
-        for channel in range(first, last):
-            mean[channel], var[channel] = channel_moments(x, outer, channels, inner, channel, tiles)
-        for run in range(outer):
+def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share):
+    """Moments of some blocks of some channels, merged into those of their parts."""
+    begin, end, first_block, last_block = share
+    stride, parts, together = channels * inner, tiles[4], tiles[5]
+    means = scratch(part_mean)
+    seen = 0
+    for block in range(first_block, last_block):
+        if block % PART_BLOCKS == 0:
+            seen = 0
+        at, runs, length = _block(block, outer, channels, inner, tiles)
+        count = runs * length
+        part_share = count / (seen + count)
+        for first in range(begin, end, together):
+            last = least(first + together, end)
             for channel in range(first, last):
-                centre, scale, shift = affine_line(x, mean[channel], var[channel], eps, gamma[channel], beta[channel])
-                _normalize_run(x, y, (run * channels + channel) * inner, inner, centre, scale, shift)
-
-
-@Kernel
-def forward(launcher, x, outer, channels, inner, group, gamma, beta, eps, y, mean, var):
-    tiles = tiling(outer, inner)
-    arguments = (x, y, outer, channels, inner, group, tiles, mean, var, eps, gamma, beta)
-    for_each(launcher, _forward_groups, arguments, -(-channels // group))
-
-
-# ---- backward -------------------------------------------------------------------------------------
-
-
-@compiled
-def _block_sums(dy, x, start, stride, runs, length, centre):
-    """(sum(dy), sum(dy*(x - centre))) of a block."""
-    sum_dy, sum_dy_centred = stack_lanes(x), stack_lanes(x)
-    rest = length % LANES
-    clear(sum_dy)
-    clear(sum_dy_centred)
-    for run in range(runs):
-        base = start + run * stride
-        for i in range(base, base + length - rest, LANES):
-            for lane in range(LANES):
-                grad = load(dy, i + lane)
-                sum_dy[lane] += grad
-                sum_dy_centred[lane] += grad * (load(x, i + lane) - centre)
-        for lane in range(rest):
-            i = base + length - rest + lane
-            grad = load(dy, i)
-            sum_dy[lane] += grad
-            sum_dy_centred[lane] += grad * (load(x, i) - centre)
-    return across(sum_dy), across(sum_dy_centred)
+                means[channel - first] = _mean(x, at + channel * inner, stride, runs, length)
+            for channel in range(first, last):
+                mean = means[channel - first]
+                start = at + channel * inner
+                squares = _squares(x, start, stride, runs, length, mean)
+                part = channel * parts + block // PART_BLOCKS
+                if seen > 0:
+                    squares = merged_squares(part_mean[part], part_squares[part], mean, squares, seen, part_share)
+                    mean = merged_mean(part_mean[part], mean, part_share)
+                part_mean[part], part_squares[part] = mean, squares
+        seen += count
 
 
 @compiled
-def _part_sums(dy, x, outer, channels, inner, channel, part, tiles, centre):
-    runs, length, pieces, blocks, _ = tiles
-    stride = channels * inner
-    sum_dy, sum_dy_centred = 0.0, 0.0
-    for block in range(part * PART_BLOCKS, min((part + 1) * PART_BLOCKS, blocks)):
-        run, i = block // pieces * runs, block % pieces * length
-        start = run * stride + channel * inner + i
-        block_sums = _block_sums(dy, x, start, stride, min(runs, outer - run), min(length, inner - i), centre)
-        sum_dy += block_sums[0]
-        sum_dy_centred += block_sums[1]
-    return sum_dy, sum_dy_centred
+def _elements_upto(part, outer, inner, tiles):
+    """Elements of a channel in the parts before this one and in it."""
+    runs, length, pieces, blocks, _, _ = tiles
+    block = least((part + 1) * PART_BLOCKS, blocks)
+    return least(block // pieces * runs, outer) * inner + block % pieces * length
 
 
 @compiled
-def _store_sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, begin, end):
-    for task in range(begin, end):
-        channel, part = task // tiles[4], task % tiles[4]
-        centre = rounded(x, mean[channel])
-        part_dy[task], part_dy_centred[task] = _part_sums(dy, x, outer, channels, inner, channel, part, tiles, centre)
-
-
-@Kernel
-def backward_reduce(launcher, dy, x, outer, channels, inner, mean, var, eps, sum_dy, sum_dy_xhat):
-    tiles = tiling(outer, inner)
+def _merge_parts(outer, inner, tiles, part_mean, part_squares, mean, var, first, last):
+    """mean and var of channels first..last."""
     parts = tiles[4]
-    part_dy, part_dy_centred = np.empty(channels * parts), np.empty(channels * parts)
-    arguments = (dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred)
-    for_each(launcher, _store_sums, arguments, channels * parts)
-    for channel in range(channels):
-        total, centred = 0.0, 0.0
-        for task in range(channel * parts, (channel + 1) * parts):
-            total += part_dy[task]
-            centred += part_dy_centred[task]
-        rest = mean[channel] - rounded(x, mean[channel])
-        sum_dy[channel] = total
-        sum_dy_xhat[channel] = sum_times_xhat(rstd(var[channel], eps), rest, total, centred)
+    for channel in range(first, last):
+        at, seen = channel * parts, _elements_upto(0, outer, inner, tiles)
+        merged, squares = part_mean[at], part_squares[at]
+        for part in range(1, parts):
+            upto = _elements_upto(part, outer, inner, tiles)
+            share = (upto - seen) / upto
+            squares = merged_squares(merged, squares, part_mean[at + part], part_squares[at + part], seen, share)
+            merged = merged_mean(merged, part_mean[at + part], share)
+            seen = upto
+        mean[channel], var[channel] = merged, squares / seen
 
 
 @compiled
-def _gradient_run(dy, x, dx, start, length, centre, scale, lift, slope):
-    for i in range(start, start + length):
-        store(dx, i, input_gradient(load(dy, i), load(x, i), centre, scale, lift, slope))
+def normalizing_lines(x, mean, var, eps, parameters, lines, length, first, last):
+    """The coefficients of channels first..last: `lines` holds `length` centres, then the scales, then the shifts."""
+    gamma, gamma_mask, beta, beta_mask = parameters
+    for c in range(first, last):
+        gain, lift = element(gamma, c & gamma_mask), element(beta, c & beta_mask)
+        line = affine_line(x, element(mean, c), element(var, c), eps, gain, lift)
+        put(lines, c, line[0])
+        put(lines, length + c, line[1])
+        put(lines, 2 * length + c, line[2])
 
 
 @compiled
-def _gradient_pieces(dy, x, dx, channels, inner, pieces, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, begin, end):
-    for task in range(begin, end):
-        run, piece = task // pieces, task % pieces
-        c = run % channels
-        centre, scale, lift, slope = gradient_line(
-            x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count
-        )
-        length = min(PIECE, inner - piece * PIECE)
-        _gradient_run(dy, x, dx, run * inner + piece * PIECE, length, centre, scale, lift, slope)
+def _normalizing_line(numbers, c):
+    lines, length = numbers
+    scale, shift = element(lines, length + c), element(lines, 2 * length + c)
+    return spread(lines, element(lines, c)), spread(lines, scale), spread(lines, shift)
+
+
+@compiled
+def _normalized_whole(arrays, i, j, line, ahead):
+    x, gamma, gamma_mask, beta, beta_mask = arrays
+    prefetch(x, i + ahead)
+    xhat = normalized(load(x, i), line[0], line[1], line[2])
+    return xhat * load(gamma, j & gamma_mask) + load(beta, j & beta_mask)
+
+
+@compiled
+def _normalized_part(arrays, i, j, first, last, line):
+    x, gamma, gamma_mask, beta, beta_mask = arrays
+    xhat = normalized(load_part(x, i, first, last, line[0]), line[0], line[1], line[2])
+    scaled = xhat * load_part(gamma, j & gamma_mask, first, last, xhat)
+    return scaled + load_part(beta, j & beta_mask, first, last, xhat)
+
+
+_write_normalized = writer_of_runs(_normalizing_line, _normalized_whole, _normalized_part)
 
 
 @Kernel
-def backward_apply(launcher, dy, x, outer, channels, inner, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count, dx):
-    pieces = -(-inner // PIECE)
-    arguments = (dy, x, dx, channels, inner, pieces, mean, var, eps, gamma, sum_dy, sum_dy_xhat, count)
-    for_each(launcher, _gradient_pieces, arguments, outer * channels * pieces)
+def forward(
+    launcher, begin, end, x, y, outer, channels, inner, tiles, group, steps, part_mean, part_squares, mean, var, eps,
+    by_run, lines, by_column, past_cache, ahead,
+):  # fmt: skip
+    if launcher:
+        hand_out(launcher, end)
+        return
+    arrays = (x, by_column[0], by_column[1], by_column[2], by_column[3])
+    for task in range(begin, end):
+        first, last = task * group, least((task + 1) * group, channels)
+        if steps & SUMS:
+            share = _share(task, steps, channels, group, tiles)
+            _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share)
+        if steps & FINISH:
+            _merge_parts(outer, inner, tiles, part_mean, part_squares, mean, var, first, last)
+        if steps & COEFFICIENTS:
+            normalizing_lines(x, mean, var, eps, by_run, lines, channels, first, last)
+        if steps & WRITE:
+            for run in range(1 if steps == WRITE else outer):
+                at, upto = _stretch(y, task, steps, run, outer, channels, inner, group, begin, end)
+                _write_normalized(arrays, y, at, upto, channels, inner, (lines, channels), past_cache, ahead)
+    fence()
+
+
+# ---- backward --------------------------------------------------------------------------------------
 
 
 @compiled
-def _backward_groups(
-    dy, x, dx, outer, channels, inner, group, tiles, mean, var, eps, gamma, sum_dy, sum_dy_xhat, begin, end
-):
-    count = float(outer * inner)
-    for task in range(begin, end):
-        first, last = task * group, min((task + 1) * group, channels)
-        for c in range(first, last):
-            centre = rounded(x, mean[c])
-            total, centred = 0.0, 0.0
-            for part in range(tiles[4]):
-                sums = _part_sums(dy, x, outer, channels, inner, c, part, tiles, centre)
-                total += sums[0]
-                centred += sums[1]
-            sum_dy[c] = total
-            sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), mean[c] - centre, total, centred)
-        for run in range(outer):
-            for c in range(first, last):
-                centre, scale, lift, slope = gradient_line(
-                    x, mean[c], var[c], eps, gamma[c], sum_dy[c] / count, sum_dy_xhat[c] / count
-                )
-                _gradient_run(dy, x, dx, (run * channels + c) * inner, inner, centre, scale, lift, slope)
+def _block_sums(dy, x, start, stride, runs, length, mean):
+    """(sum(dy), sum(dy*(x - centre))) of a block."""
+    centre = spread4(x, mean)
+    zero = spread4(x, 0.0)
+    sum_dy, sum_dy_centred = zero, zero
+    for run in range(runs):
+        first, last = start + run * stride, start + run * stride + length
+        for i in range(first, last, 4 * lanes(x)):
+            grad = load4(dy, i, last - i, zero)
+            sum_dy += grad
+            sum_dy_centred += grad * (load4(x, i, last - i, centre) - centre)
+    return total(sum_dy), total(sum_dy_centred)
+
+
+@compiled
+def _sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, share):
+    """Sums of some blocks of some channels, added to those of their parts."""
+    for block in range(share[2], share[3]):
+        at, runs, length = _block(block, outer, channels, inner, tiles)
+        for channel in range(share[0], share[1]):
+            start = at + channel * inner
+            total_dy, centred = _block_sums(dy, x, start, channels * inner, runs, length, mean[channel])
+            part = channel * tiles[4] + block // PART_BLOCKS
+            if block % PART_BLOCKS > 0:
+                total_dy, centred = part_dy[part] + total_dy, part_dy_centred[part] + centred
+            part_dy[part], part_dy_centred[part] = total_dy, centred
+
+
+@compiled
+def _add_parts(x, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last):
+    for c in range(first, last):
+        total_dy, centred = 0.0, 0.0
+        for part in range(c * parts, (c + 1) * parts):
+            total_dy += part_dy[part]
+            centred += part_dy_centred[part]
+        sum_dy[c] = total_dy
+        sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), mean[c] - rounded(x, mean[c]), total_dy, centred)
+
+
+@compiled
+def gradient_lines(x, mean, var, eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, length, first, last):
+    """The same: centres, scales, lifts, slopes."""
+    for c in range(first, last):
+        mean_dy, mean_dy_xhat = element(sum_dy, c) / count, element(sum_dy_xhat, c) / count
+        gain = element(gamma, c & mask)
+        line = gradient_line(x, element(mean, c), element(var, c), eps, gain, mean_dy, mean_dy_xhat)
+        put(lines, c, line[0])
+        put(lines, length + c, line[1])
+        put(lines, 2 * length + c, line[2])
+        put(lines, 3 * length + c, line[3])
+
+
+@compiled
+def _gradient_line(numbers, c):
+    lines, length = numbers
+    scale, lift = spread(lines, element(lines, length + c)), spread(lines, element(lines, 2 * length + c))
+    return spread(lines, element(lines, c)), scale, lift, spread(lines, element(lines, 3 * length + c))
+
+
+@compiled
+def _gradient_whole(arrays, i, j, line, ahead):
+    dy, x = arrays
+    prefetch(dy, i + ahead)
+    prefetch(x, i + ahead)
+    return input_gradient(load(dy, i), load(x, i), line[0], line[1], line[2], line[3])
+
+
+@compiled
+def _gradient_part(arrays, i, j, first, last, line):
+    dy, x = arrays
+    grad, value = load_part(dy, i, first, last, line[2]), load_part(x, i, first, last, line[0])
+    return input_gradient(grad, value, line[0], line[1], line[2], line[3])
+
+
+_write_gradient = writer_of_runs(_gradient_line, _gradient_whole, _gradient_part)
 
 
 @Kernel
-def backward(launcher, dy, x, outer, channels, inner, group, mean, var, eps, gamma, dx, sum_dy, sum_dy_xhat):
-    tiles = tiling(outer, inner)
-    arguments = (dy, x, dx, outer, channels, inner, group, tiles, mean, var, eps, gamma, sum_dy, sum_dy_xhat)
-    for_each(launcher, _backward_groups, arguments, -(-channels // group))
+def backward(
+    launcher, begin, end, dy, x, dx, outer, channels, inner, tiles, group, steps, part_dy, part_dy_centred, mean, var,
+    eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
+):  # fmt: skip
+    if launcher:
+        hand_out(launcher, end)
+        return
+    for task in range(begin, end):
+        first, last = task * group, least((task + 1) * group, channels)
+        if steps & SUMS:
+            share = _share(task, steps, channels, group, tiles)
+            _sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, share)
+        if steps & FINISH:
+            _add_parts(x, tiles[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
+        if steps & COEFFICIENTS:
+            gradient_lines(x, mean, var, eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
+        if steps & WRITE:
+            for run in range(1 if steps == WRITE else outer):
+                at, upto = _stretch(dx, task, steps, run, outer, channels, inner, group, begin, end)
+                _write_gradient((dy, x), dx, at, upto, channels, inner, (lines, channels), past_cache, ahead)
+    fence()

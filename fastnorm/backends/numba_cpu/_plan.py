@@ -1,0 +1,107 @@
+"""How a call is cut up, from its sizes, the caches and the number of threads. It decides about speed only: what
+decides bits, the order of sums, stands with the kernels and depends on the shape alone."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from fastnorm.backends.numba_cpu import _columns, _runs
+from fastnorm.backends.numba_cpu._launch import PARALLEL_FROM
+from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE
+
+Sizes = tuple[int, int, int]
+
+READ_AHEAD = 256
+"""Elements that are fetched ahead in the stream itself, where no next slab is known."""
+NARROWEST = 1 << 10
+"""Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves."""
+
+
+@functools.cache
+def caches() -> tuple[int, int]:
+    """Bytes of L2, of one core, and of L3, shared by all, as Linux tells; elsewhere a guess."""
+    found = {2: 1 << 20, 3: 8 << 20}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, size = int((index / "level").read_text()), (index / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if level in found and size.endswith("K"):
+            found[level] = int(size[:-1]) << 10
+    return found[2], found[3]
+
+
+def in_one_task(size: int) -> bool:
+    """Whether an array is so small that one thread takes it through all steps at once."""
+    return size < PARALLEL_FROM
+
+
+def past_cache(nbytes: int) -> bool:
+    """Whether an output of this size is better stored past the cache."""
+    return nbytes >= caches()[1] // 4
+
+
+class Launch(NamedTuple):
+    """A call of a kernel."""
+
+    steps: int
+    tasks: int
+    group: int
+    """Channels of a task."""
+    ahead: int
+    """Elements that are fetched ahead while the output is written."""
+
+
+def of_columns(steps: int, sizes: Sizes, grid: _columns.Grid, itemsize: int, arrays: int, threads: int) -> list[Launch]:
+    """Launches of a kernel of `_columns` that reads so many arrays."""
+    outer, channels, inner = sizes
+    size, group, blocks, parts = outer * channels * inner, grid[0], grid[1], grid[4]
+    if steps & SUMS and steps & WRITE:
+        if in_one_task(size):
+            return [Launch(steps, blocks, group, 0)]
+        slab = caches()[0] // 2 // (outer * inner * itemsize * arrays)
+        if blocks > 1 and slab * inner * itemsize >= NARROWEST:
+            slab = min(group, max(slab // 64 * 64, 1))
+            slabs = -(-channels // slab)
+            if slabs >= 2 * threads:
+                return [Launch(steps, slabs, slab, slab * inner)]
+    return [
+        Launch(steps & part, tasks, group, ahead)
+        for part, tasks, ahead in (
+            (SUMS, blocks * parts, 0),
+            (FINISH | COEFFICIENTS, blocks, 0),
+            (WRITE, -(-size // _columns.BAND), READ_AHEAD),
+        )
+        if steps & part
+    ]
+
+
+def of_runs(steps: int, sizes: Sizes, tiles: _runs.Tiles, itemsize: int, arrays: int, threads: int) -> list[Launch]:
+    """Launches of a kernel of `_runs`, for channels or rows."""
+    outer, channels, inner = sizes
+    size, blocks, parts = outer * channels * inner, tiles[3], tiles[4]
+    if steps & SUMS and steps & WRITE:
+        slab = channels if in_one_task(size) else _slab(channels, outer * inner * itemsize * arrays, threads)
+        if slab:
+            return [Launch(steps, -(-channels // slab), slab, slab * inner)]
+    some = max(1, min(_runs.PART_BLOCKS // blocks, channels // (4 * threads)))
+    return [
+        Launch(steps & part, tasks, group, ahead)
+        for part, tasks, group, ahead in (
+            (SUMS, -(-channels // some) * parts, some, 0),
+            (FINISH | COEFFICIENTS, 1, channels, 0),
+            (WRITE, -(-size // _runs.PIECE), 1, READ_AHEAD),
+        )
+        if steps & part
+    ]
+
+
+def _slab(channels: int, channel_bytes: int, threads: int) -> int:
+    """Channels that a task takes through all steps, in cache from the first to the last; 0 where that is not
+    possible or would leave threads idle, and all threads share each step instead."""
+    level2, level3 = caches()
+    if channels < 2 * threads or channel_bytes > level3 // (2 * threads):
+        return channels if channels * channel_bytes <= level2 // 4 else 0
+    return max(1, min(level2 // 2 // channel_bytes, channels // (4 * threads)))
