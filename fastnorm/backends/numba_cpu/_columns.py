@@ -261,7 +261,7 @@ def forward(
 ):  # fmt: skip
     """lines, columns: room for three coefficients a channel, and a column of a folded row and a line more."""
     if launcher:
-        hand_out(launcher, end)
+        hand_out(launcher, begin, end)
         return
     period, length = channels * inner * grid[2], columns.size // 3
     for task in range(begin, end):
@@ -376,7 +376,7 @@ def backward(
 ):  # fmt: skip
     """lines, columns: as in `forward`, for four coefficients."""
     if launcher:
-        hand_out(launcher, end)
+        hand_out(launcher, begin, end)
         return
     period, length = channels * inner * grid[2], columns.size // 4
     for task in range(begin, end):

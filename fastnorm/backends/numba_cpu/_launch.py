@@ -22,6 +22,10 @@ numba: Any = _typed_numba  # the stubs of Numba know only part of what it export
 PARALLEL_FROM = 1 << 15
 """Elements from which a kernel runs in parallel: a parallel region costs about 2 us with omp."""
 
+RANGES = 8
+"""Ranges a thread that tasks are handed out in: enough to balance, and slabs within one share lines of the output.
+With a range a slab, 14x14 forward took 2.7 ms instead of 2.2."""
+
 compiled = numba.njit(inline="always", error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """A function that kernels call. Numba inlines it before it infers types: a function of its own would be optimized by
 itself and again wherever it is linked in, and arrays passed to it cost more than a short row."""
@@ -72,7 +76,7 @@ def _launcher() -> int:
     global _parallel_loop
     with _parallel_loop_lock:
         if _parallel_loop is None:
-            decorator = numba.cfunc("void(int64,int64,int64)", cache=True, parallel=True)
+            decorator = numba.cfunc("void(int64,int64,int64,int64)", cache=True, parallel=True)
             _parallel_loop = decorator(_tasks.run_parallel)
         address: int = _parallel_loop.address
     return address
@@ -81,7 +85,7 @@ def _launcher() -> int:
 class Kernel:
     """A function of (launcher, begin, end, *arguments), called with (elements it works through, tasks, *arguments).
 
-    It works on tasks begin..end, or, given a launcher, hands them out to itself.
+    It works on tasks begin..end, or, given a launcher, hands out 0..end to itself in `begin` ranges.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -106,12 +110,12 @@ class Kernel:
 
     def _run_parallel(self, before: int, tasks: int, arguments: tuple[Any, ...]) -> None:
         """Run on `_threads` threads, and leave the caller's own Numba setting as it was."""
-        launcher = _launcher()
+        launcher, ranges = _launcher(), min(tasks, RANGES * _threads)
         if before == _threads:
-            self._run(launcher, 0, tasks, *arguments)
+            self._run(launcher, ranges, tasks, *arguments)
             return
         numba.set_num_threads(_threads)
         try:
-            self._run(launcher, 0, tasks, *arguments)
+            self._run(launcher, ranges, tasks, *arguments)
         finally:
             numba.set_num_threads(before)

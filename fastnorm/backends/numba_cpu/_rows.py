@@ -113,7 +113,7 @@ def backward(
     piece of columns, of WRITE a piece of memory. A task of FINISH is a strip of columns of dgamma and dbeta.
     """
     if launcher:
-        hand_out(launcher, end)
+        hand_out(launcher, begin, end)
         return
     pieces = -(-cols // PIECE)
     numbers = (x, cols, pieces, row_g, row_g_centred, mean, var, eps)

@@ -110,10 +110,9 @@ def _stretch(out, task, steps, run, outer, channels, inner, group, begin, end):
         return piece * PIECE, least((piece + 1) * PIECE, size)
     first, last = task * group, least((task + 1) * group, channels)
     first, last = (run * channels + first) * inner, (run * channels + last) * inner
-    if outer == 1:
-        lowest = begin * group * inner
-        first = line_start(out, first, lowest)
-        last = line_start(out, last, lowest) if task + 1 < end else last
+    lowest = (run * channels + begin * group) * inner
+    first = line_start(out, first, lowest)
+    last = line_start(out, last, lowest) if task + 1 < end else last
     return first, last
 
 
@@ -242,7 +241,7 @@ def forward(
     by_run, lines, by_column, past_cache, ahead,
 ):  # fmt: skip
     if launcher:
-        hand_out(launcher, end)
+        hand_out(launcher, begin, end)
         return
     arrays = (x, by_column[0], by_column[1], by_column[2], by_column[3])
     for task in range(begin, end):
@@ -348,7 +347,7 @@ def backward(
     eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
 ):  # fmt: skip
     if launcher:
-        hand_out(launcher, end)
+        hand_out(launcher, begin, end)
         return
     for task in range(begin, end):
         first, last = task * group, least((task + 1) * group, channels)

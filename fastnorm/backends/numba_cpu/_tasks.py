@@ -20,10 +20,6 @@ from numba.extending import intrinsic
 WORD = ir.IntType(64)
 VOID = ir.VoidType()
 
-SLICES = 256
-"""Ranges that tasks are handed out in: enough to balance, few enough to cost nothing (a call of a function
-with ten arrays takes about 80 ns, as long as a row of 64 elements)."""
-
 
 @intrinsic
 def _call(typing: Any, tasks: Any, data: Any, begin: Any, end: Any) -> Any:
@@ -37,16 +33,15 @@ def _call(typing: Any, tasks: Any, data: Any, begin: Any, end: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
-def run_parallel(tasks: int, data: int, count: int) -> None:
-    slices = min(count, SLICES)
-    for i in prange(slices):
-        _call(tasks, data, i * count // slices, (i + 1) * count // slices)
+def run_parallel(tasks: int, data: int, ranges: int, count: int) -> None:
+    for i in prange(ranges):
+        _call(tasks, data, i * count // ranges, (i + 1) * count // ranges)
 
 
 @intrinsic
-def hand_out(typing: Any, launcher: Any, count: Any) -> Any:
-    """Call the kernel in which this stands again, for ranges of tasks that make up 0..count, in any order and on any
-    threads: kernel(0, begin, end, *its other arguments). So a kernel is one function and compiled once.
+def hand_out(typing: Any, launcher: Any, ranges: Any, count: Any) -> Any:
+    """Call the kernel in which this stands again, for so many ranges that make up tasks 0..count, in any order and on
+    any threads: kernel(0, begin, end, *its other arguments). So a kernel is one function and compiled once.
 
     It must not raise: nobody would hear of it.
     """
@@ -64,11 +59,11 @@ def hand_out(typing: Any, launcher: Any, count: Any) -> Any:
         result, exception = (inside.alloca(pointer.type.pointee) for pointer in kernel.args[:2])
         inside.call(kernel, [result, exception, WORD(0), *tasks.args[1:], *unpacked[5:]])
         inside.ret_void()
-        pointer = ir.FunctionType(VOID, [WORD, WORD, WORD]).as_pointer()
+        pointer = ir.FunctionType(VOID, [WORD] * 4).as_pointer()
         builder.call(
             builder.inttoptr(given[0], pointer),
-            [builder.ptrtoint(tasks, WORD), builder.ptrtoint(data, WORD), given[1]],
+            [builder.ptrtoint(tasks, WORD), builder.ptrtoint(data, WORD), *given[1:]],
         )
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+    return types.void(types.int64, types.int64, types.int64), generate
