@@ -22,9 +22,12 @@ lint: $(VENV)/.installed
 	$(BIN)/python -P -m mypy.stubtest fastnorm._core
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp')
 
-# pytest-benchmark: staged, alt and fused, by backend, op, shape and dtype; peers where they are installed.
+# pytest-benchmark: staged, alt and fused, by backend, op, shape and dtype, a few cases of each. Then what the
+# kernels are judged by: large and cached arrays, small calls, dtypes, threads, networks, against the memory floor
+# and the peers that are installed; tables, JSON, a plot by size, and which targets are met. Some nine minutes.
 bench: $(VENV)/.installed
 	$(BIN)/pytest bench
+	$(BIN)/fastnorm bench --targets
 
 examples: $(VENV)/.installed
 	$(BIN)/python examples/run_all.py

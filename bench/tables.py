@@ -1,41 +1,53 @@
-"""The figures of a report as Markdown tables, minima in ms, for docs/performance.md.
+"""The figures of a report as Markdown tables, for docs/performance.md, and its plot.
 
-python bench/tables.py bench/results/NAME.json
+python bench/tables.py bench/results/NAME.json [PREFIX]
+
+NAME.json is what `python -m fastnorm bench` writes, with or without `--targets`. With PREFIX the plot is drawn
+again, as PREFIX.png and PREFIX.svg.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from fastnorm.bench import plot, table, target_tables
+from fastnorm.bench.cases import DIRECTIONS
+from fastnorm.bench.run import Report, Section
+from fastnorm.bench.target_tables import Table, case_label
 
 VARIANTS = ("staged", "alt", "fused numpy", "fused numba", "fused cpp", "torch", "jax")
-OPS = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
 
 
-def line(section: dict[str, Any]) -> str:
-    rows = {row["variant"]: row for row in section["rows"]}
-    name = OPS[section["op"]] + ("" if section["layout"] == "ND" else f" {section['layout']}")
-    times = [f"{rows[v]['best'] * 1e3:.3g}" if v in rows and rows[v]["best"] else "-" for v in VARIANTS]
-    cells = [
-        f"{name} {'x'.join(map(str, section['shape']))}",
-        f"{section['floor_best'] * 1e3:.3g}",
-        *times,
-        f"{rows['fused cpp']['share_of_floor']:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def report_tables(report: Report) -> Iterator[Table]:
+    """A table for each direction of the report without `--targets`: minima in ms."""
+
+    def cells(section: Section) -> list[str]:
+        rows = [section.row(variant) for variant in VARIANTS]
+        ours = section.row("fused cpp")
+        share = ours.share_of_floor if ours else None
+        return [
+            case_label(section),
+            table.milliseconds(section.floor_best),
+            *(table.milliseconds(row and row.best) for row in rows),
+            "-" if share is None else f"{share:.2f}",
+        ]
+
+    for direction in DIRECTIONS:
+        own = [section for section in report.sections if section.direction == direction]
+        columns = ["case", "floor", *VARIANTS, "cpp: share of floor"]
+        yield Table(f"{direction.capitalize()}, ms", columns, [cells(section) for section in own])
 
 
 def main() -> None:
-    report = json.loads(Path(sys.argv[1]).read_text())
-    for direction in ("forward", "backward"):
-        print(f"| {direction}, ms | floor | {' | '.join(VARIANTS)} | cpp: share of floor |")
-        print("|---" * (len(VARIANTS) + 3) + "|")
-        for section in report["sections"]:
-            if section["direction"] == direction:
-                print(line(section))
-        print()
+    report = Report.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    judged = any(section.group for section in report.sections)
+    for each in target_tables.tables(report) if judged else report_tables(report):
+        print(target_tables.markdown(each))
+    if len(sys.argv) > 2:
+        (plot.draw_sizes if judged else plot.draw)(report, Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import pytest
 import fastnorm
 from fastnorm.bench import check, roof
 from fastnorm.bench.cases import DIRECTIONS, Case, suite_cases
-from fastnorm.bench.peers import PEERS
+from fastnorm.bench.peers import EVERYDAY, PEERS
 from fastnorm.bench.variants import Variant, variants
 
 # JAX and PyTorch warn of matters of their own.
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default:
 
 
 def _parameters(config: pytest.Config) -> Iterator[Any]:
-    chosen = variants(with_peers=not config.getoption("--no-peers"))
+    chosen = variants(with_peers=() if config.getoption("--no-peers") else EVERYDAY)
     dtypes = list(dict.fromkeys(config.getoption("--dtype") or ["float32"]))
     for case in suite_cases(full=config.getoption("--full"), dtypes=dtypes):
         for direction in DIRECTIONS:

@@ -297,3 +297,105 @@ def suite_cases(*, full: bool = False, dtypes: Sequence[str] = ("float32",)) -> 
         for family, layout, shape, default in _SUITE
         if op.family == family and (full or default)
     ]
+
+
+# ---- the cases of `python -m fastnorm bench --targets` ---------------------------------------------
+
+Group = Literal["large", "cache", "small", "dtypes", "threads", "networks"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case of the targets run, and what it stands for there."""
+
+    group: Group
+    case: Case
+    contest: bool = False
+    """Whether every peer takes part, and not PyTorch alone: some of them compile for seconds."""
+    network: str = ""
+    count: int = 1
+    """How many layers of the network have this shape."""
+
+
+# Float32 beyond a cache of 32 MB, mostly 40 to 100 MB: tall and narrow, ragged, square, wide and flat; images
+# of ResNet-50, the small ones in larger batches; the last of a layout is the 256 MB point of the plot.
+_LARGE_IMAGES: tuple[Shape, ...] = (
+    (16, 256, 56, 56), (16, 64, 112, 112), (50, 64, 56, 56), (32, 512, 28, 28), (128, 128, 28, 28),
+    (50, 1024, 14, 14), (256, 256, 14, 14), (128, 2048, 7, 7), (512, 512, 7, 7), (64, 256, 56, 56),
+)  # fmt: skip
+_LARGE: dict[tuple[str, str], tuple[Shape, ...]] = {
+    ("batchnorm", "ND"): (
+        (16384, 1024), (262144, 64), (65536, 256), (40000, 512), (30001, 500), (4096, 4096), (2048, 8192),
+        (256, 65536), (65536, 1024),
+    ),
+    ("batchnorm", "NCHW"): _LARGE_IMAGES,
+    ("batchnorm", "NHWC"): _LARGE_IMAGES,
+    ("layernorm", "ND"): (
+        (16384, 1024), (131072, 128), (32768, 500), (21000, 768), (4096, 4096), (1024, 16384), (64, 262144),
+        (65536, 1024),
+    ),
+}  # fmt: skip
+
+# 64 KB to 16 MB: the same width, and images of ResNet-50 (the smallest of CIFAR-10).
+_CACHED_BATCHES: tuple[Shape, ...] = ((256, 1024), (16, 1024), (64, 1024), (1024, 1024), (4096, 1024))
+_CACHED_IMAGES: tuple[Shape, ...] = (
+    (1, 512, 28, 28), (4, 64, 8, 8), (2, 256, 14, 14), (8, 256, 28, 28), (5, 256, 56, 56),
+)  # fmt: skip
+_CACHED: dict[tuple[str, str], tuple[Shape, ...]] = {
+    ("batchnorm", "ND"): _CACHED_BATCHES,
+    ("batchnorm", "NCHW"): _CACHED_IMAGES,
+    ("batchnorm", "NHWC"): _CACHED_IMAGES,
+    ("layernorm", "ND"): _CACHED_BATCHES,
+}
+
+_SMALL: tuple[Shape, ...] = ((4, 8), (100, 50), (64, 256), (32, 1024))
+
+# 20 million elements: beyond the cache in every dtype.
+_EACH_DTYPE: dict[tuple[str, str], Shape] = {
+    ("batchnorm", "ND"): (20000, 1024),
+    ("batchnorm", "NCHW"): (25, 256, 56, 56),
+    ("batchnorm", "NHWC"): (25, 256, 56, 56),
+    ("layernorm", "ND"): (27000, 768),
+}
+
+# Layers by output (channels, height, width): torchvision's resnet50, the stride in the 3x3 convolution.
+_RESNET50: dict[Shape, int] = {
+    (64, 112, 112): 1,
+    (64, 56, 56): 6, (256, 56, 56): 4, (128, 56, 56): 1,
+    (128, 28, 28): 7, (512, 28, 28): 5, (256, 28, 28): 1,
+    (256, 14, 14): 11, (1024, 14, 14): 7, (512, 14, 14): 1,
+    (512, 7, 7): 5, (2048, 7, 7): 4,
+}  # fmt: skip
+_BERT_LARGE = (4096, 1024), 48  # tokens by width; two LayerNorms in each of 24 blocks
+
+
+def target_entries() -> list[Entry]:
+    """What the targets are judged on; the first of each layout in `large` and `cache` meets every peer."""
+
+    def case(op: str, layout: str, shape: Shape, dtype: str = "float32") -> Case:
+        return Case(OPS[op], OPS[op].layout(layout), shape, dtype)
+
+    tables: tuple[tuple[Group, dict[tuple[str, str], tuple[Shape, ...]]], ...] = (("large", _LARGE), ("cache", _CACHED))
+    entries = [
+        Entry(group, case(op, layout, shape), contest=shape == shapes[0])
+        for group, table in tables
+        for (op, layout), shapes in table.items()
+        for shape in shapes
+    ]
+    entries += [Entry("small", case(op, "ND", shape)) for op in OPS for shape in _SMALL]
+    entries += [
+        Entry("dtypes", case(op, layout, shape, dtype))
+        for (op, layout), shape in _EACH_DTYPE.items()
+        for dtype in DTYPES
+    ]
+    entries += [
+        Entry("threads", case(op, layout, shape))
+        for (op, layout), shapes in _CACHED.items()
+        for shape in (shapes[0], shapes[3])
+    ]
+    entries += [
+        Entry("networks", case("batchnorm", "NCHW", (8, *shape)), network="ResNet-50", count=count)
+        for shape, count in _RESNET50.items()
+    ]
+    shape, count = _BERT_LARGE
+    return [*entries, Entry("networks", case("layernorm", "ND", shape), network="BERT-large", count=count)]

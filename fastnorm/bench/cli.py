@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fastnorm
-from fastnorm.bench import measure, plot, run, table
-from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases
+from fastnorm.bench import measure, plot, run, table, target_tables, targets
+from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases, target_entries
+from fastnorm.bench.peers import EVERYDAY
 from fastnorm.bench.variants import variants
 
 SIZE, QUICK_SIZE = 256, 32
@@ -37,10 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"threads of every backend (default {fastnorm.get_num_threads()})",
     )
-    add("--peers", action="store_true", help="PyTorch and JAX too, where they are installed")
+    add("--peers", action=argparse.BooleanOptionalAction, default=None,
+        help="PyTorch and JAX too, where they are installed (with --targets the default)")  # fmt: skip
+    add("--targets", action="store_true",
+        help="instead: float32 beyond the cache and in it, small calls, dtypes, threads, networks, every peer, and "
+        "whether the targets are met (some minutes)")  # fmt: skip
+    add("--only", action="append", metavar="REGEX", default=[],
+        help="with --targets: cases in whose name, such as 'large batchnorm NCHW 16x256x56x56 float32 forward', it "
+        "is found; repeatable")  # fmt: skip
     add("--quick", action="store_true", help=f"a glance: {QUICK_SIZE} MB and few rounds")
-    add("--output", type=Path, default=Path("fastnorm-bench"), metavar="PREFIX",
-        help="write PREFIX.json, PREFIX.png and PREFIX.svg (default %(default)s)")  # fmt: skip
+    add("--output", type=Path, metavar="PREFIX",
+        help="write PREFIX.json, PREFIX.png and PREFIX.svg (default fastnorm-bench, fastnorm-targets)")  # fmt: skip
     add("--no-plot", action="store_true", help="write the JSON only")
 
 
@@ -49,6 +58,10 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     for name in options.backend or ():
         if name in unavailable:
             parser.error(f"argument --backend: {name!r} is not available: {unavailable[name]}")
+    if options.only and not options.targets:
+        parser.error("argument --only: goes with --targets")
+    if options.output is None:
+        options.output = Path("fastnorm-targets" if options.targets else "fastnorm-bench")
     dtypes = list(dict.fromkeys(options.dtype or ["float32"]))
     for name in dtypes:
         try:
@@ -65,27 +78,49 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     except OSError as problem:
         parser.error(f"argument --output: {problem}")
 
+    backends = options.backend and list(dict.fromkeys(options.backend))
+    if options.targets:
+        return _targets(parser, options, backends)
     size = _fitting(options.size or (QUICK_SIZE if options.quick else SIZE), options.op or tuple(OPS), dtypes)
     cases = [case for dtype in dtypes for case in report_cases(size, options.op or tuple(OPS), dtype)]
     report = run.run(
         cases,
-        variants(options.backend and list(dict.fromkeys(options.backend)), with_peers=options.peers),
+        variants(backends, with_peers=EVERYDAY if options.peers else ()),
         limit=QUICK_LIMIT if options.quick else LIMIT,
     )
-    print(table.render(report))
-    print(f"\n{report.seconds:.0f} s. Written: {', '.join(map(str, _write(report, options)))}")
+    return _finish(options, report, table.render(report), plot.draw)
+
+
+def _targets(parser: argparse.ArgumentParser, options: argparse.Namespace, backends: list[str] | None) -> int:
+    try:
+        parts = targets.selected(target_entries(), options.only)
+    except re.error as problem:
+        parser.error(f"argument --only: {problem}")
+    if not parts:
+        parser.error(f"argument --only: no case has a name with {' or '.join(options.only)} in it")
+    report = targets.run(parts, backends, with_peers=options.peers is not False)
+    return _finish(options, report, target_tables.text(report), plot.draw_sizes)
+
+
+def _finish(
+    options: argparse.Namespace, report: run.Report, text: str, draw: Callable[[run.Report, Path], list[Path]]
+) -> int:
+    print(text)
+    print(f"\n{report.seconds:.0f} s. Written: {', '.join(map(str, _write(report, options, draw)))}")
     if not report.correct:
-        print("Some results are WRONG: see the rows marked above.", file=sys.stderr)
+        print("Some results are WRONG: see above.", file=sys.stderr)
     return 0 if report.correct else 1
 
 
-def _write(report: run.Report, options: argparse.Namespace) -> list[Path]:
+def _write(
+    report: run.Report, options: argparse.Namespace, draw: Callable[[run.Report, Path], list[Path]]
+) -> list[Path]:
     figures = options.output.with_name(options.output.name + ".json")
     figures.write_text(json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
     if options.no_plot:
         return [figures]
     try:
-        return [figures, *plot.draw(report, options.output)]
+        return [figures, *draw(report, options.output)]
     except ImportError as missing:
         print(f"No plot: {missing}. For plots: pip install fastnorm[bench]", file=sys.stderr)
         return [figures]

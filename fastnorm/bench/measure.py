@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -25,27 +26,36 @@ BRIEF = 0.5
 """Seconds that every call is worth."""
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], *, budget: float, least: int, most: int,
+    calls: Mapping[str, Callable[[], Any]], *, budget: float, least: int, most: int, brief: float = BRIEF,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Time the calls in turns, so that a disturbance of the machine hits all of them alike.
 
-    Every call gets `least` rounds, and a fast one as many as fill BRIEF seconds. After that it takes part while
+    Every call gets `least` rounds, and a fast one as many as fill `brief` seconds. After that it takes part while
     all of the calls at its pace would fit what is left of `budget` (seconds, all calls together): slow ones
     drop out first, fast ones go on, up to `most` rounds. A result is dropped before the next call, outside of
     what is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     left = budget
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with _no_collection():
         for turn in range(most):
             playing = [
                 name
                 for name, own in seconds.items()
-                if turn < least or min(own) * len(calls) < left or sum(own) + min(own) < BRIEF
+                if turn < least or min(own) * len(calls) < left or sum(own) + min(own) < brief
             ]
             for name in playing:
                 tick(name)
@@ -54,10 +64,44 @@ def interleaved(
                 seconds[name].append(time.perf_counter() - start)
                 del result
                 left -= seconds[name][-1]
-    finally:
-        if collecting:
-            gc.enable()
     return {name: Timing.of(times) for name, times in seconds.items()}
+
+
+BURSTS, BURST = 6, 0.02
+"""How often each call gets a burst, and the seconds of one."""
+_TICKS = 50e-6
+"""Seconds of calls between two looks at the clock, which costs some 0.1 us."""
+
+
+def bursts(
+    calls: Mapping[str, Callable[[], Any]], *, tick: Callable[[str], None] = lambda name: None
+) -> dict[str, Timing]:
+    """Time each call while its data stay in a cache: repeated for BURST seconds, then the next one's burst.
+
+    In turns call by call, as `interleaved` has it, the others' arrays would push a call's own out of the cache.
+    A burst begins with a call that isn't timed, and has three that are at least. `rounds` counts timed calls.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = dict.fromkeys(calls, 0)
+    clock = time.perf_counter
+    with _no_collection():
+        for _ in range(BURSTS):
+            for name, call in calls.items():
+                tick(name)
+                call()
+                start = clock()
+                call()
+                together = max(1, int(_TICKS / max(clock() - start, 1e-7)))
+                end = clock() + BURST
+                done = 0
+                while done < 3 or clock() < end:
+                    start = clock()
+                    for _ in range(together):
+                        call()
+                    seconds[name].append((clock() - start) / together)
+                    done += 1
+                rounds[name] += done * together
+    return {name: Timing.of(times)._replace(rounds=rounds[name]) for name, times in seconds.items()}
 
 
 class Memory(NamedTuple):

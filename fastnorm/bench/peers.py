@@ -1,7 +1,10 @@
-"""PyTorch and JAX on the same cases, where they are installed.
+"""PyTorch, its compiler, oneDNN and JAX on the same cases, where they are installed.
 
 What is compared is the kernel: PyTorch's backward is the operator that autograd calls, without the graph's
 bookkeeping; JAX's is the compiled pull-back over residuals that the forward kept, not a recomputed forward.
+'torch autograd' is what a caller pays, graph included: the peer of our small calls. Arrays are made outside of
+what is timed, in the layout that the peer likes best: channels-last as PyTorch's memory_format, as oneDNN's own
+tensors, and for JAX, which has no strides, in the shape that memory has. Results are the peer's own new arrays.
 PyTorch runs on as many threads as fastnorm. JAX has no setting for that: it takes all CPUs.
 """
 
@@ -29,6 +32,7 @@ class Peer(NamedTuple):
     computes: Callable[[Case], bool]
     """Whether it has the op and the dtype."""
     bind: Callable[[Case, Inputs, Direction], Bound]
+    label: str
 
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module) is not None
@@ -37,34 +41,57 @@ class Peer(NamedTuple):
 # ---- PyTorch --------------------------------------------------------------------------------------
 
 
-def _bind_torch(case: Case, inputs: Inputs, direction: Direction) -> Bound:
+class _Tensors(NamedTuple):
+    """The inputs of a case for PyTorch, whose channels are axis 1. They share the arrays' memory."""
+
+    x: Any
+    gamma: Any
+    beta: Any
+    dout: Any
+
+
+def _torch() -> Any:
     torch: Any = importlib.import_module("torch")
     torch.set_num_threads(fastnorm.get_num_threads())
+    return torch
 
+
+def _tensors(torch: Any, case: Case, inputs: Inputs) -> _Tensors:
     def tensor(array: Array) -> Any:
         if array.dtype.name == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
+    x, gamma, beta, dout = map(tensor, inputs)
+    if case.op.family == "channel":
+        x, dout = x.movedim(case.axis, 1), dout.movedim(case.axis, 1)
+    return _Tensors(x, gamma, beta, dout)
+
+
+def _arrays(torch: Any, case: Case, inputs: Inputs) -> Callable[[Any], tuple[Array | None, ...]]:
+    """What turns the tensors of a result into arrays of the case's shapes."""
+
     def array(result: Any) -> Array:
+        result = result.detach().to_dense() if result.layout is not torch.strided else result.detach()
         if result.dtype == torch.bfloat16:
             halves: Array = result.view(torch.int16).numpy().view(inputs.x.dtype)
             return halves
         numbers: Array = result.numpy()
         return numbers
 
-    x, gamma, beta, dout = map(tensor, inputs)
-    if case.op.family == "channel":  # PyTorch's channels are axis 1
-        x, dout = x.movedim(case.axis, 1), dout.movedim(case.axis, 1)
-    forward, backward = _TORCH[case.op.name](torch, x, gamma, beta, dout)
-
     def arrays(result: Any) -> tuple[Array | None, ...]:
-        first, *rest = result if isinstance(result, tuple) else (result,)
+        first, *rest = map(array, result if isinstance(result, tuple) else (result,))
         if case.op.family == "channel":
-            first = first.movedim(1, case.axis)
-        return (array(first), *(array(each) for each in rest))
+            first = np.moveaxis(first, 1, case.axis)
+        return (first, *rest)
 
-    return (forward if direction == "forward" else backward(), arrays)
+    return arrays
+
+
+def _bind_torch(case: Case, inputs: Inputs, direction: Direction) -> Bound:
+    torch = _torch()
+    forward, backward = _TORCH[case.op.name](torch, *_tensors(torch, case, inputs))
+    return forward if direction == "forward" else backward(), _arrays(torch, case, inputs)
 
 
 def _torch_batchnorm(torch: Any, x: Any, gamma: Any, beta: Any, dout: Any) -> tuple[Any, Any]:
@@ -103,35 +130,93 @@ def _torch_layernorm(torch: Any, x: Any, gamma: Any, beta: Any, dout: Any) -> tu
 _TORCH = {"batchnorm": _torch_batchnorm, "layernorm": _torch_layernorm}
 
 
+def _bind_onednn(case: Case, inputs: Inputs, direction: Direction) -> Bound:
+    """The same operators on oneDNN's own tensors."""
+    torch = _torch()
+    x, gamma, beta, dout = _tensors(torch, case, inputs)
+    forward, backward = _torch_batchnorm(torch, x.to_mkldnn(), gamma, beta, dout.to_mkldnn())
+    return forward if direction == "forward" else backward(), _arrays(torch, case, inputs)
+
+
+def _bind_autograd(case: Case, inputs: Inputs, direction: Direction) -> Bound:
+    """What a caller of the functions pays, with the graph."""
+    torch = _torch()
+    return _through_graph(torch, case, inputs, direction, _functional(torch, case))
+
+
+def _bind_compiled(case: Case, inputs: Inputs, direction: Direction) -> Bound:
+    torch = _torch()
+    dynamo: Any = importlib.import_module("torch._dynamo")
+    functorch: Any = importlib.import_module("torch._functorch.config")
+    dynamo.reset()  # each case gets a compilation of its own shape; past eight it would run uncompiled
+    functorch.donated_buffer = False  # else the graph could be walked only once
+    compiled = torch.compile(_functional(torch, case), dynamic=False, fullgraph=True)
+    return _through_graph(torch, case, inputs, direction, compiled, graph_forward=False)
+
+
+def _functional(torch: Any, case: Case) -> Callable[..., Any]:
+    """(x, gamma, beta, running mean, running variance) -> the output."""
+    functional = torch.nn.functional
+    if case.op.name == "batchnorm":
+        return lambda x, gamma, beta, mean, var: functional.batch_norm(x, mean, var, gamma, beta, True, 0.1, EPS)
+    shape = list(case.parameter_shape)
+    return lambda x, gamma, beta, mean, var: functional.layer_norm(x, shape, gamma, beta, EPS)
+
+
+def _through_graph(
+    torch: Any, case: Case, inputs: Inputs, direction: Direction, function: Callable[..., Any], *,
+    graph_forward: bool = True,
+) -> Bound:  # fmt: skip
+    x, gamma, beta, dout = _tensors(torch, case, inputs)
+    running = torch.zeros_like(gamma), torch.ones_like(gamma)
+    arrays = _arrays(torch, case, inputs)
+    if direction == "forward" and not graph_forward:
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return function(x, gamma, beta, *running)
+
+        return forward, arrays
+    leaves = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
+    if direction == "forward":
+        return lambda: function(*leaves, *running), arrays
+    out = function(*leaves, *running)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), arrays
+
+
 # ---- JAX ------------------------------------------------------------------------------------------
 
 
 def _bind_jax(case: Case, inputs: Inputs, direction: Direction) -> Bound:
     jax: Any = importlib.import_module("jax")
     jnp: Any = importlib.import_module("jax.numpy")
-    affine = tuple(n if axis not in case.reduced_axes else 1 for axis, n in enumerate(case.shape))
-    if case.op.family == "row":
-        affine = case.parameter_shape
+    order = case.layout.memory or tuple(range(len(case.shape)))
+    reduced = tuple(place for place, axis in enumerate(order) if axis in case.reduced_axes)
+    own = case.kept_axes if case.op.family == "channel" else case.reduced_axes
+    affine = tuple(n if axis in own else 1 for axis, n in enumerate(case.shape))
 
     def normalized(x: Any, gamma: Any, beta: Any) -> Any:
         wide = x.astype(jnp.float32)
-        mean = wide.mean(case.reduced_axes, keepdims=True)
-        var = jnp.square(wide - mean).mean(case.reduced_axes, keepdims=True)
+        mean = wide.mean(reduced, keepdims=True)
+        var = jnp.square(wide - mean).mean(reduced, keepdims=True)
         xhat = (wide - mean) * jax.lax.rsqrt(var + EPS)
-        return (gamma.reshape(affine) * xhat + beta.reshape(affine)).astype(x.dtype)
+        gamma, beta = (each.reshape(affine).transpose(order) for each in (gamma, beta))
+        return (gamma * xhat + beta).astype(x.dtype)
 
-    x, gamma, beta, dout = map(jnp.asarray, inputs)
+    def array(result: Any) -> Array:
+        back: Array = np.asarray(result).transpose(np.argsort(order))
+        return back
+
+    x, dout = (jnp.asarray(each.transpose(order)) for each in (inputs.x, inputs.dout))
+    gamma, beta = jnp.asarray(inputs.gamma), jnp.asarray(inputs.beta)
     if direction == "forward":
         compiled = jax.jit(normalized).lower(x, gamma, beta).compile()
-        return (
-            lambda: jax.block_until_ready(compiled(x, gamma, beta)),
-            lambda result: (np.asarray(result),),
-        )
+        return lambda: jax.block_until_ready(compiled(x, gamma, beta)), lambda result: (array(result),)
     _, residuals = jax.jit(lambda *arguments: jax.vjp(normalized, *arguments))(x, gamma, beta)
     pull_back = jax.jit(lambda back, grad: back(grad)).lower(residuals, dout).compile()
     return (
         lambda: jax.block_until_ready(pull_back(residuals, dout)),
-        lambda result: tuple(map(np.asarray, result)),
+        lambda result: (array(result[0]), *map(np.asarray, result[1:])),
     )
 
 
@@ -139,7 +224,21 @@ def _jax_computes(case: Case) -> bool:
     return case.op.name in ("batchnorm", "layernorm") and case.dtype != "float64"  # a switch of the whole process
 
 
+def _torch_computes(case: Case) -> bool:
+    return case.op.name in _TORCH
+
+
+def _onednn_computes(case: Case) -> bool:
+    """Its tensors exist for float32, its training for BatchNorm of images; LayerNorm is refused (PyTorch 2.13)."""
+    return case.op.name == "batchnorm" and len(case.shape) == 4 and case.dtype == "float32"
+
+
 PEERS = {
-    "torch": Peer("torch", lambda case: case.op.name in _TORCH, _bind_torch),
-    "jax": Peer("jax", _jax_computes, _bind_jax),
+    "torch": Peer("torch", _torch_computes, _bind_torch, "PyTorch"),
+    "jax": Peer("jax", _jax_computes, _bind_jax, "JAX"),
+    "torch compile": Peer("torch", _torch_computes, _bind_compiled, "torch.compile"),
+    "onednn": Peer("torch", _onednn_computes, _bind_onednn, "oneDNN"),
+    "torch autograd": Peer("torch", _torch_computes, _bind_autograd, "PyTorch autograd"),
 }
+EVERYDAY = ("torch", "jax")
+"""Those of the report and of the pytest-benchmark suites."""

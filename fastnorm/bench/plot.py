@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
+from fastnorm.bench.cases import DIRECTIONS
 from fastnorm.bench.run import Report, Row, Section
 from fastnorm.bench.table import milliseconds
 
@@ -161,4 +164,132 @@ def _headings(figure: Any, report: Report, size: tuple[float, float]) -> None:
     figure.legend(
         handles=handles, ncols=len(handles), loc="lower left", bbox_to_anchor=(left - 0.08 / width, 0.1 / height),
         frameon=False, fontsize=8, handlelength=1.0, handleheight=0.9, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
+
+
+# ---- the targets run: share of the floor by size --------------------------------------------------
+
+_PANELS = (
+    ("batchnorm", "ND", "BatchNorm (N, D)"),
+    ("batchnorm", "NCHW", "BatchNorm NCHW"),
+    ("batchnorm", "NHWC", "BatchNorm NHWC"),
+    ("layernorm", "ND", "LayerNorm (N, D)"),
+)
+_LINES = {"fused cpp": "C++", "fused numba": "Numba", "torch": "PyTorch"}
+_SMALLEST, _LARGEST = 48 << 10, 340 << 20
+_TOP = 1.1
+
+
+def draw_sizes(report: Report, prefix: Path) -> list[Path]:
+    """Write PREFIX.png and PREFIX.svg: a panel for each layout and direction. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sections = [each for each in report.sections if each.group in ("cache", "large")]
+    settings: Any = {"font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "fastnorm", "text.color": _INK}
+    width, height = 11.0, 6.3
+    with pyplot.rc_context(settings):
+        figure, axes = pyplot.subplots(2, len(_PANELS), figsize=(width, height), sharex=True, sharey=True)
+        figure.subplots_adjust(
+            left=0.75 / width, right=1 - 0.2 / width, top=1 - 1.05 / height, bottom=0.8 / height, wspace=0.14,
+            hspace=0.1,
+        )  # fmt: skip
+        for line, direction in zip(axes, DIRECTIONS, strict=True):
+            for panel, (op, layout, _) in zip(line, _PANELS, strict=True):
+                own = [each for each in sections if (each.op, each.layout, each.direction) == (op, layout, direction)]
+                _size_panel(panel, own)
+            line[0].set_ylabel(f"{direction}: share of the floor", color=_MUTED, fontsize=8.5)
+        for panel in axes.flat:
+            _mark_caches(panel, report.machine.get("caches", {}), named=panel in axes[0])
+        for panel, (_, _, name) in zip(axes[0], _PANELS, strict=True):
+            panel.set_title(name, loc="left", fontsize=9.5, fontweight="bold", pad=14)
+        _size_headings(figure, report, (width, height))
+        paths = [prefix.with_name(prefix.name + ending) for ending in (".png", ".svg")]
+        figure.savefig(paths[0], dpi=200)
+        figure.savefig(paths[1], metadata={"Date": None})
+        pyplot.close(figure)
+    return paths
+
+
+def _mark_caches(axes: Any, caches: dict[str, str], *, named: bool) -> None:
+    for name, size in caches.items():
+        edge = _bytes(size)
+        if _SMALLEST < edge < _LARGEST:
+            axes.axvline(edge, color=_GRID, linewidth=1.0, zorder=0)
+            if named:
+                axes.annotate(name, (edge, 1.0), (0, 2), xycoords=("data", "axes fraction"),
+                              textcoords="offset points", ha="center", va="bottom", fontsize=7,
+                              color=_MUTED)  # fmt: skip
+
+
+def _size_panel(axes: Any, sections: list[Section]) -> None:
+    axes.axhline(1.0, color=_INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+    for variant in reversed(_LINES):
+        points = [
+            (section.nbytes, row.share_of_floor, row.share_of_plan)
+            for section in sections
+            if (row := section.row(variant)) and row.share_of_floor and row.share_of_plan
+        ]
+        colour = _STYLES[variant][0]
+        axes.scatter(
+            [size for size, _, _ in points], [min(share, _TOP) for _, share, _ in points],
+            s=9, color=colour, alpha=0.45, linewidth=0, zorder=3,
+        )  # fmt: skip
+        axes.plot(*_by_octave([(size, share) for size, share, _ in points]), color=colour, linewidth=1.8, zorder=4)
+        if variant == "fused cpp":
+            planned = _by_octave([(size, share) for size, _, share in points])
+            axes.plot(*planned, color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(_SMALLEST, _LARGEST)
+    axes.set_ylim(0, _TOP)
+    axes.set_xticks([1 << power for power in (16, 20, 24, 28)], ["64 KB", "1 MB", "16 MB", "256 MB"])
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=_MUTED, labelsize=7.5)
+    axes.minorticks_off()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_MUTED)
+
+
+def _by_octave(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Geometric means of sizes and shares, of the points between two powers of two at a time."""
+    octaves: dict[int, list[tuple[int, float]]] = {}
+    for size, share in sorted(points):
+        octaves.setdefault(round(math.log2(size)), []).append((size, share))
+    return (
+        [geometric_mean([size for size, _ in own]) for own in octaves.values()],
+        [min(geometric_mean([share for _, share in own]), _TOP) for own in octaves.values()],
+    )
+
+
+def _bytes(text: str) -> int:
+    """'32768K' -> its bytes, 0 where that isn't how the system tells it."""
+    return int(text[:-1]) << 10 if text.endswith("K") and text[:-1].isdecimal() else 0
+
+
+def _size_headings(figure: Any, report: Report, size: tuple[float, float]) -> None:
+    from matplotlib.lines import Line2D
+
+    width, height = size
+    left = 0.2 / width
+    machine = f"{report.machine['cpu']}, {report.config['threads']} threads, float32"
+    figure.text(left, 1 - 0.18 / height, "Share of the memory floor by array size", fontsize=13, fontweight="bold",
+                va="top")  # fmt: skip
+    figure.text(
+        left, 1 - 0.46 / height,
+        f"{machine}. Floor: the fastest copy (forward) or addition (backward) of the same arrays, same run. "
+        "A point a shape, lines their means by size.",
+        fontsize=8.5, color=_MUTED, va="top",
+    )  # fmt: skip
+    figure.text(0.5, 0.4 / height, "size of x", fontsize=8.5, color=_MUTED, ha="center")
+    handles = [Line2D([], [], color=_STYLES[name][0], linewidth=1.8, label=label) for name, label in _LINES.items()]
+    dotted = Line2D([], [], color=_STYLES["fused cpp"][0], linewidth=1.1, linestyle=(0, (1, 1.5)))
+    dotted.set_label("C++, of the floor for reading twice where no slab fits a cache")
+    figure.legend(
+        handles=[*handles, dotted], ncols=4, loc="lower left", bbox_to_anchor=(left - 0.08 / width, 0.06 / height),
+        frameon=False, fontsize=8, handlelength=1.6, columnspacing=1.6,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ class Row:
     variant: str
     name: str
     backend: str | None
+    threads: int | None = None
+    """Where it isn't the count of the whole run."""
     best: float | None = None
     """With `out=` where the variant takes it; `fresh` is then without."""
     median: float | None = None
@@ -40,6 +42,8 @@ class Row:
     gigabytes_per_second: float | None = None
     share_of_floor: float | None = None
     share_of_floor_median: float | None = None
+    share_of_plan: float | None = None
+    """Of the floor with the reads that the C++ backend's plan does; where those are one pass, the above."""
     speedup_over_staged: float | None = None
     extra_memory: float | None = None
     """Peak of a call beyond what was there, in arrays of x's size: the larger of the two below."""
@@ -50,6 +54,11 @@ class Row:
     correct: bool = True
     note: str = ""
     """Why it was skipped, or how it failed."""
+
+    @property
+    def timed_as(self) -> str:
+        """Its name among the timings."""
+        return self.variant if self.threads is None else f"{self.variant}, {self.threads} threads"
 
 
 @dataclass
@@ -66,7 +75,25 @@ class Section:
     floor_best: float = 0.0
     floor_median: float = 0.0
     floor_gigabytes_per_second: float = 0.0
+    floors: dict[str, float] = field(default_factory=dict)
+    """Where several ways compete for the floor: the best time of each."""
+    plan_reads: int = 0
+    plan_writes: int = 0
+    plan_floor_best: float = 0.0
+    plan_floor_median: float = 0.0
+    group: str = ""
+    """What the case is for: `cases.Group`."""
+    contest: bool = False
+    network: str = ""
+    count: int = 1
     rows: list[Row] = field(default_factory=list)
+
+    def row(self, variant: str, threads: int | None = None) -> Row | None:
+        """The row of this variant, if it was timed."""
+        return next(
+            (row for row in self.rows if (row.variant, row.threads) == (variant, threads) and row.best is not None),
+            None,
+        )
 
 
 @dataclass
@@ -86,6 +113,16 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which knows neither NaN nor infinity: those are None."""
         return dict(_finite(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """Back from JSON."""
+        known = {key: values[key] for key in cls.__dataclass_fields__}
+        sections = []
+        for section in values["sections"]:
+            rows = [Row(**row) for row in section["rows"]]
+            sections.append(Section(**{**section, "shape": tuple(section["shape"]), "rows": rows}))
+        return cls(**{**known, "sections": sections})
 
 
 def _finite(value: Any) -> Any:
@@ -157,6 +194,24 @@ def _section(
     case: Case, inputs: Inputs, out: Array, direction: Direction, variants: Sequence[Variant], clock: Clock,
     progress: Progress, *, roomy: bool,
 ) -> Section:  # fmt: skip
+    section, calls = checked(case, inputs, out, direction, variants, progress, roomy=roomy)
+    calls["floor"] = roof.floor(inputs, out, direction)
+    start = clock.elapsed()
+    timings = measure.interleaved(
+        calls, budget=clock.budget(case.nbytes), least=LEAST_ROUNDS, most=MOST_ROUNDS,
+        tick=lambda name: progress.detail(f"timing {name}"),
+    )  # fmt: skip
+    clock.timed(clock.elapsed() - start)
+    progress.step()
+    fill(section, timings)
+    return section
+
+
+def checked(
+    case: Case, inputs: Inputs, out: Array, direction: Direction, variants: Sequence[Variant], progress: Progress, *,
+    roomy: bool = True, watch_memory: bool = True,
+) -> tuple[Section, dict[str, Callable[[], Any]]]:  # fmt: skip
+    """The section with every variant's result compared with the reference, and the calls to time."""
     section = Section(
         case.op.name, case.layout.label, case.shape, case.dtype, case.nbytes, direction, case.bytes_moved(direction)
     )
@@ -174,25 +229,17 @@ def _section(
             row.note = "skipped: not enough free memory for its intermediates"
             continue
         try:
-            calls |= _checked(case, inputs, direction, variant, out, want, row)
+            calls |= _checked(case, inputs, direction, variant, out, want, row, watch_memory=watch_memory)
         except Exception as problem:  # a broken variant is a result too, and must not hide the others
-            row.correct, row.note = False, f"failed: {type(problem).__name__}: {problem}"
-    del want
-    calls["floor"] = roof.floor(inputs, out, direction)
-    start = clock.elapsed()
-    timings = measure.interleaved(
-        calls, budget=clock.budget(case.nbytes), least=LEAST_ROUNDS, most=MOST_ROUNDS,
-        tick=lambda name: progress.detail(f"timing {name}"),
-    )  # fmt: skip
-    clock.timed(clock.elapsed() - start)
-    progress.step()
-    _fill(section, timings)
-    return section
+            reason = str(problem).strip().partition("\n")[0]
+            row.correct, row.note = False, f"failed: {type(problem).__name__}: {reason}"
+    return section, calls
 
 
 def _checked(
-    case: Case, inputs: Inputs, direction: Direction, variant: Variant, out: Array, want: tuple[Array, ...], row: Row
-) -> dict[str, Callable[[], Any]]:
+    case: Case, inputs: Inputs, direction: Direction, variant: Variant, out: Array, want: tuple[Array, ...], row: Row,
+    *, watch_memory: bool,
+) -> dict[str, Callable[[], Any]]:  # fmt: skip
     """The calls to time; how their results compare with what they should be goes into the row."""
     bound = {
         label: variant.bind(case, inputs, direction, out if reuse else None) for label, reuse in variant.labels.items()
@@ -203,12 +250,15 @@ def _checked(
     for label, fresh in bound.items():
         if label != variant.label:
             errors.append(check.error(case, fresh.arrays(fresh.run()), want))
-    if not variant.numpy_only:
+    if watch_memory and not variant.numpy_only:
         call.run()  # what a first call sets up (threads, compiled code) is no memory of the op
     out.fill(0)
-    result, memory, seconds = measure.with_memory(call.run)
-    row.extra_bytes_traced, row.extra_bytes_resident = memory
-    row.extra_memory = memory.peak / case.nbytes
+    if watch_memory:
+        result, memory, seconds = measure.with_memory(call.run)
+        row.extra_bytes_traced, row.extra_bytes_resident = memory
+        row.extra_memory = memory.peak / case.nbytes
+    else:
+        result, seconds = call.run(), 0.0
     errors.append(check.error(case, call.arrays(result), want))
     row.error = float(np.max(errors))  # NaN if one is, and then not within the tolerance
     row.correct = row.error <= row.tolerance
@@ -218,13 +268,16 @@ def _checked(
     return {label: each.run for label, each in bound.items()}
 
 
-def _fill(section: Section, timings: dict[str, measure.Timing]) -> None:
+def fill(section: Section, timings: Mapping[str, measure.Timing]) -> None:
+    """Put the timings into the section: of "floor", where it differs of "plan floor", and of the rows."""
     floor = timings["floor"]
+    plan_floor = timings.get("plan floor", floor)
+    section.plan_floor_best, section.plan_floor_median = plan_floor.best, plan_floor.median
     section.floor_best, section.floor_median = floor.best, floor.median
     section.floor_gigabytes_per_second = section.bytes_moved / floor.best / 1e9
     for row in section.rows:
-        if row.variant in timings:
-            row.best, row.median, row.rounds = timings[row.variant]
+        if row.timed_as in timings:
+            row.best, row.median, row.rounds = timings[row.timed_as]
         fresh = timings.get(f"{row.variant}, fresh")
         if fresh is not None:
             row.fresh_best, row.fresh_median = fresh.best, fresh.median
@@ -232,5 +285,6 @@ def _fill(section: Section, timings: dict[str, measure.Timing]) -> None:
             row.gigabytes_per_second = section.bytes_moved / row.best / 1e9
             row.share_of_floor = floor.best / row.best
             row.share_of_floor_median = floor.median / row.median
+            row.share_of_plan = plan_floor.best / row.best
             staged = next((each.best for each in section.rows if each.name == "staged"), None)
             row.speedup_over_staged = staged / row.best if staged is not None else None

@@ -4,7 +4,7 @@ staged          the nine-step graph in NumPy: `<op>_forward_staged`, `<op>_backw
 alt             the closed form in NumPy: `<op>_backward_alt`. Backward only: there is one way to write
                 a forward in NumPy, and that is the staged one.
 fused           `<op>_forward`, `<op>_backward` on each available backend, writing to `out` or not
-torch, jax      where they are installed (peers.py)
+torch, jax, ... where they are installed (peers.py)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Variant:
     """A way to compute an op."""
 
     name: str
-    """staged, alt, fused, torch or jax."""
+    """staged, alt, fused or one of `peers.PEERS`."""
     backend: str | None = None
 
     @property
@@ -98,19 +98,18 @@ def _own(variant: Variant, case: Case, inputs: Inputs, direction: Direction, out
     else:
         forward = partial(op.forward, axis=case.axis, out=out, backend=variant.backend)
         backward = partial(op.backward, out=out, backend=variant.backend)
+    parameters: dict[str, Any] = {}  # kept from call to call, as a layer's are
     if direction == "forward":  # the cache is part of the result: a caller who trains keeps it
-        return Call(lambda: forward(x, gamma, beta, {}), lambda result: result[:1])
-    cache = forward(x, gamma, beta, {})[1]
+        return Call(lambda: forward(x, gamma, beta, parameters), lambda result: result[:1])
+    cache = forward(x, gamma, beta, parameters)[1]
     return Call(lambda: backward(dout, cache), tuple)
 
 
-def variants(backends: Sequence[str] | None = None, *, with_peers: bool = False) -> list[Variant]:
-    """Slowest first: staged, alt, fused on the available (or the named) backends, then the peers."""
+def variants(backends: Sequence[str] | None = None, *, with_peers: Sequence[str] = ()) -> list[Variant]:
+    """Slowest first: staged, alt, fused on the available (or the named) backends, then the peers installed."""
     if backends is None:
         backends = [info.name for info in fastnorm.backends() if info.available]
     order = [info.name for info in reversed(fastnorm.backends())]
     found = [Variant("staged"), Variant("alt")]
     found += [Variant("fused", name) for name in sorted(backends, key=order.index)]
-    if with_peers:
-        found += [Variant(name) for name, peer in peers.PEERS.items() if peer.installed()]
-    return found
+    return found + [Variant(name) for name in with_peers if peers.PEERS[name].installed()]

@@ -1,0 +1,400 @@
+"""The targets run of the benchmarks: what is measured, how, and how it is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastnorm
+from fastnorm import __main__
+from fastnorm.bench import check, cli, measure, plot, roof, target_tables, targets
+from fastnorm.bench.cases import DIRECTIONS, DTYPES, OPS, Case, Entry, target_entries
+from fastnorm.bench.peers import PEERS
+from fastnorm.bench.run import Report, Row, Section, fill
+from fastnorm.bench.variants import Variant
+
+TABLES = Path(__file__).parent.parent / "bench" / "tables.py"
+
+
+def small_case(op="batchnorm", layout="ND", shape=(12, 16), dtype="float32"):
+    return Case(OPS[op], OPS[op].layout(layout), shape, dtype)
+
+
+def section(seconds, *, floor=1.0, plan_floor=None, **fields):
+    """A section whose rows have these times."""
+    values = {"op": "batchnorm", "layout": "ND", "shape": (2, 3), "dtype": "float32", "direction": "forward"} | fields
+    made = Section(**values, nbytes=24, bytes_moved=48)
+    made.rows = [Row(variant, variant.partition(" ")[0], None) for variant in seconds]
+    times = {**seconds, "floor": floor} | ({} if plan_floor is None else {"plan floor": plan_floor})
+    fill(made, {name: measure.Timing(time, 2 * time, 5) for name, time in times.items()})
+    return made
+
+
+def judged(*sections):
+    return {verdict.name: verdict for verdict in targets.verdicts(sections)}
+
+
+# ---- the cases ------------------------------------------------------------------------------------
+
+
+def test_sizes_of_the_groups():
+    by_group = {}
+    for entry in target_entries():
+        by_group.setdefault(entry.group, []).append(entry.case)
+    assert all(case.nbytes >= 40e6 for case in by_group["large"] + by_group["dtypes"])
+    assert all(60e3 <= case.nbytes <= 2**24 for case in by_group["cache"])
+    assert {case.dtype for case in by_group["dtypes"]} == set(DTYPES)
+    tall = {case.shape for case in by_group["large"] if case.op.name == "batchnorm" and case.layout.label == "ND"}
+    assert {rows for rows, _ in tall} >= {256, 65536}
+
+
+def test_each_kind_meets_every_peer_once_in_the_cache_and_once_beyond():
+    met = [(e.group, e.case.op.name, e.case.layout.label) for e in target_entries() if e.contest]
+    kinds = [("batchnorm", "ND"), ("batchnorm", "NCHW"), ("batchnorm", "NHWC"), ("layernorm", "ND")]
+    assert sorted(met) == sorted((group, *kind) for group in ("large", "cache") for kind in kinds)
+
+
+def test_networks_have_all_of_their_normalizations():
+    layers = [entry for entry in target_entries() if entry.network == "ResNet-50"]
+    assert sum(entry.count for entry in layers) == 53
+    assert sum(entry.count * entry.case.shape[1] for entry in layers) == 26560  # its 53,120 parameters are pairs
+    assert [entry.count for entry in target_entries() if entry.network == "BERT-large"] == [2 * 24]
+
+
+def test_cases_are_selected_by_name():
+    parts = targets.selected(target_entries(), ["^large.*NHWC 16x256x56x56 float32 backward$", "^small.*ND 4x8 .*forw"])
+    assert [(entry.group, direction) for entry, direction in parts] == [
+        ("large", "backward"), ("small", "forward"), ("small", "forward"),
+    ]  # fmt: skip
+    assert len(targets.selected(target_entries(), [])) == 2 * len(target_entries())
+
+
+# ---- timing ---------------------------------------------------------------------------------------
+
+
+def test_bursts_repeat_one_call_at_a_time(monkeypatch):
+    monkeypatch.setattr(measure, "BURSTS", 2)
+    monkeypatch.setattr(measure, "BURST", 0.001)
+    events = []
+    timings = measure.bursts(
+        {name: lambda name=name: events.append(name) for name in "ab"}, tick=lambda name: events.append(f"tick {name}")
+    )
+    order = [event for i, event in enumerate(events) if i == 0 or event != events[i - 1]]
+    assert order == ["tick a", "a", "tick b", "b"] * 2
+    assert timings["a"].best <= timings["a"].median
+    untimed = 2 * 2  # the first of a burst, and the one that says how many fit between two looks at the clock
+    assert timings["a"].rounds == events.count("a") - untimed >= 6
+
+
+def test_thread_counts():
+    assert targets.thread_counts(1) == [1]
+    assert targets.thread_counts(2) == [1, 2]
+    assert targets.thread_counts(12) == [1, 2, 4, 8, 12]
+    assert targets.thread_counts(16) == [1, 2, 4, 8, 16]
+
+
+# ---- floors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_floor_moves_the_arrays(direction):
+    case = small_case(shape=(64, 48))
+    inputs, out = case.inputs(), case.empty()
+    for array in inputs.x, inputs.dout:  # NumPy adds them as integers, the extension as floats: both are right here
+        array[:] = np.where(np.arange(48) % 2 == (array is inputs.x), array, 0)
+    expected = inputs.x if direction == "forward" else inputs.x + inputs.dout
+    twice = roof.Traffic(2 * roof.ONE_PASS[direction].reads, 1)
+    calls = roof.in_cache(inputs, out, direction) | {
+        "one pass": roof.floor(inputs, out, direction),
+        "plan": roof.plan_floor(inputs, out, direction, twice),
+    }
+    for call in calls.values():
+        out.fill(0)
+        call()
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_the_plans_floor_reads_what_the_plan_reads(monkeypatch):
+    read = []
+
+    class Core:
+        stream_read = staticmethod(read.append)
+        stream_copy = stream_add = staticmethod(lambda *arrays: read.extend(arrays[:-1]))
+
+    monkeypatch.setattr(roof, "_core", lambda: Core)
+    inputs = small_case().inputs()
+    for direction, of_x, of_dout in (("forward", 2, 0), ("backward", 2, 2)):
+        read.clear()
+        roof.plan_floor(inputs, np.empty_like(inputs.x), direction, roof.Traffic(of_x + of_dout, 1))()
+        for array, count in ((inputs.x, of_x), (inputs.dout, of_dout)):
+            assert sum(np.shares_memory(array, each) for each in read) == count
+
+
+def test_traffic_is_the_plans():
+    pytest.importorskip("fastnorm._core")
+    tall = small_case(shape=(400_000, 64))
+    x = np.broadcast_to(np.float32(0), tall.shape)  # planned from shape and strides, which are those of an array
+    x = np.lib.stride_tricks.as_strided(np.empty(1, np.float32), tall.shape, (256, 4), writeable=False)
+    assert roof.traffic(tall, x, "forward") == (2, 1)
+    assert roof.traffic(tall, x, "backward") == (4, 1)
+    assert roof.traffic(small_case("layernorm"), np.empty((12, 16), np.float32), "backward") == (2, 1)
+
+
+# ---- peers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("op", "layout", "shape"),
+    [
+        ("batchnorm", "ND", (12, 16)), ("batchnorm", "ND fortran", (12, 16)), ("batchnorm", "NCHW", (3, 16, 5, 4)),
+        ("batchnorm", "NHWC", (3, 16, 5, 4)), ("batchnorm", "channels-last", (3, 5, 4, 16)),
+        ("layernorm", "ND", (12, 16)), ("layernorm", "N(CHW)", (3, 2, 5, 4)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "torch compile")) for name in PEERS]
+)
+def test_peers_compute_the_same(name, op, layout, shape, direction):
+    pytest.importorskip(PEERS[name].module)
+    case = small_case(op, layout, shape)
+    variant = Variant(name)
+    if not variant.computes(case, direction):
+        pytest.skip("it has no such op")
+    inputs = case.inputs()
+    call = variant.bind(case, inputs, direction)
+    error = check.error(case, call.arrays(call.run()), check.reference(case, inputs, direction))
+    assert error <= check.tolerance(case, exact=False)
+
+
+# ---- the run --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """One tiny case of each group, and short bursts."""
+    monkeypatch.setattr(measure, "BURST", 0.0005)
+    monkeypatch.setattr(targets, "WORTH", 0.0005)
+    image = small_case(layout="NHWC", shape=(3, 16, 5, 4))
+    found = [
+        Entry("large", image, contest=True), Entry("cache", small_case(), contest=True), Entry("small", small_case()),
+        *(Entry("dtypes", small_case(dtype=dtype)) for dtype in ("float32", "float16")),
+        Entry("threads", small_case()), Entry("networks", image, network="Net", count=3),
+        Entry("networks", small_case("layernorm"), network="Net", count=2),
+    ]  # fmt: skip
+    monkeypatch.setattr(cli, "target_entries", lambda: found)
+    return found
+
+
+def test_every_group_is_measured_and_judged(entries):
+    before = fastnorm.get_num_threads()
+    compiled = [info.name for info in fastnorm.backends() if info.available and info.name in ("cpp", "numba")][:1]
+    report = targets.run(targets.selected(entries, []), ["numpy", *compiled], with_peers=False)
+    assert fastnorm.get_num_threads() == before
+    assert report.correct
+    assert len(report.sections) == 2 * len(entries)
+    for each in report.sections:
+        assert each.rows
+        assert each.floor_best > 0
+        for row in each.rows:
+            assert row.correct
+            assert row.backend != "numpy"
+            assert row.best is not None
+            assert row.share_of_floor == pytest.approx(each.floor_best / row.best)
+            assert (row.threads is None) == (each.group != "threads")
+        if each.group == "threads":
+            assert {row.threads for row in each.rows} == set(targets.thread_counts(before))
+        if each.group in targets.IN_BURSTS:
+            assert each.floor_best == min(each.floors.values())
+        assert (each.row("alt") is not None) == (each.group == "large" and each.direction == "backward")
+    again = Report.from_dict(json.loads(json.dumps(report.as_dict())))
+    assert again == report
+    assert target_tables.text(again) == target_tables.text(report)
+
+
+@pytest.mark.parametrize("arguments", [["--no-plot"], []])
+def test_the_command(entries, tmp_path, capsys, arguments):
+    prefix = tmp_path / "found" / "figures"
+    if not arguments:
+        pytest.importorskip("matplotlib")
+    command = ["bench", "--targets", "--no-peers", "--only", "^(large|cache) ", "--output", str(prefix), *arguments]
+    assert __main__.main(command) == 0
+    report = Report.from_dict(json.loads(prefix.with_suffix(".json").read_text()))
+    assert [each.group for each in report.sections] == ["large", "large", "cache", "cache"]
+    pictures = set() if arguments else {".png", ".svg"}
+    assert {path.suffix for path in prefix.parent.iterdir()} == {".json"} | pictures
+    shown = capsys.readouterr().out
+    assert "Targets" in shown
+    assert "batchnorm NHWC 3x16x5x4 float32" in shown
+
+
+def test_a_wrong_result_is_an_exit_status(entries, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "tolerance", lambda case, exact: -1.0)
+    command = ["bench", "--targets", "--no-peers", "--no-plot", "--only", "^small", "--output", str(tmp_path / "x")]
+    assert __main__.main(command) == 1
+    assert "tolerance -1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "x"], "goes with --targets"),
+        (["--targets", "--only", "nothing like it"], "no case has a name with nothing like it in it"),
+        (["--targets", "--only", "("], "argument --only: missing )"),
+    ],
+)
+def test_the_commands_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- the verdicts ---------------------------------------------------------------------------------
+
+
+def test_shares_of_the_floor():
+    found = judged(
+        section({"fused cpp": 2.0, "fused numba": 2.5}, floor=1.0, plan_floor=1.8, group="large"),
+        section({"fused cpp": 1.0, "fused numba": 1.6}, floor=0.6, group="large", direction="backward"),
+    )
+    mean = found["beyond the cache: share of the plan's floor, geometric mean"]
+    assert mean.value == pytest.approx(math.sqrt(0.9 * 0.6))
+    assert mean.target == 0.9
+    assert mean.met is False
+    assert found[f"{mean.name}, at least"].target == 0.8
+    worst = found["beyond the cache: share of the plan's floor, worst"]
+    assert (worst.value, worst.met) == (pytest.approx(0.6), False)
+    assert worst.note == "batchnorm ND 2x3 float32 backward"
+    one_pass = found["beyond the cache: share of the one-pass floor, geometric mean"]
+    assert one_pass.value == pytest.approx(math.sqrt(0.5 * 0.6))
+    assert one_pass.met is None
+    numba = found["beyond the cache: Numba's speed over C++'s, geometric mean"]
+    assert numba.value == pytest.approx(math.sqrt(0.8 * 0.625))
+    assert numba.met is False
+
+
+def test_shares_of_a_copy_in_the_cache():
+    floors = {"plain": 1.5, "non-temporal": 1.8, "plain, threads": 1.0}
+    found = judged(section({"fused cpp": 2.0}, floor=1.0, group="cache", floors=floors))
+    assert found["in the cache: share of the fastest copy or addition, worst"].value == pytest.approx(0.5)
+    assert found["in the cache: share of NumPy's or the non-temporal one, worst"].value == pytest.approx(0.75)
+
+
+def test_speed_against_peers_is_that_of_new_arrays():
+    fresh = section({"fused cpp": 1.0, "fused cpp, fresh": 2.0, "torch": 3.0}, group="large")
+    fresh.rows = [row for row in fresh.rows if row.variant != "fused cpp, fresh"]
+    fill(fresh, {name: measure.Timing(time, time, 1) for name, time in
+                 {"fused cpp": 1.0, "fused cpp, fresh": 2.0, "torch": 3.0, "floor": 1.0}.items()})  # fmt: skip
+    floors = {"plain": 1.0}
+    times = {"fused cpp": 1.0, "torch": 0.9, "jax": 4.0}
+    found = judged(fresh, section(times, group="cache", direction="backward", floors=floors))
+    worst = found["PyTorch over C++, time, worst"]
+    assert (worst.value, worst.met) == (pytest.approx(0.9), False)
+    assert found["PyTorch over C++, time, geometric mean"].value == pytest.approx(math.sqrt(1.5 * 0.9))
+    assert found["JAX over C++, time, worst"].met
+
+
+def test_small_calls_backward_against_autograd():
+    times = {"fused cpp": 2.0, "torch": 1.0, "torch autograd": 3.0}
+    found = judged(section(times, group="small"), section(times, group="small", direction="backward"))
+    assert found["small calls, batchnorm forward: PyTorch over C++, worst"].met is False
+    assert found["small calls, batchnorm backward: PyTorch autograd over C++, worst"].met is True
+
+
+def test_dtypes_by_elements_a_second():
+    found = judged(
+        section({"fused cpp": 3.0}, group="dtypes"),
+        section({"fused cpp": 2.0}, group="dtypes", dtype="float16"),
+        section({"fused cpp": 4.0}, floor=2.0, group="dtypes", dtype="float64"),
+    )
+    assert found["float16: elements a second over float32's, worst"].value == pytest.approx(1.5)
+    assert found["float64: share of its plan's floor, worst"].value == pytest.approx(0.5)
+    assert not any("bfloat16" in name for name in found)
+
+
+def test_threads_against_one():
+    many = section({}, group="threads")
+    many.rows = [Row("fused cpp", "fused", "cpp", threads=count) for count in (1, 2, 4)]
+    times = {"fused cpp, 1 threads": 4.0, "fused cpp, 2 threads": 2.5, "fused cpp, 4 threads": 1.0, "floor": 1.0}
+    fill(many, {name: measure.Timing(time, time, 1) for name, time in times.items()})
+    found = judged(many)
+    assert found["fused cpp: time with 1 thread over time with 2, worst"].value == pytest.approx(1.6)
+    assert found["fused cpp: time with 1 thread over time with 4, worst"].value == pytest.approx(4.0)
+
+
+def test_networks_count_their_layers():
+    net = {"group": "networks", "network": "Net"}
+    sections = [
+        section({"fused cpp": 1.0, "torch": 2.0}, count=3, **net),
+        section({"fused cpp": 2.0, "torch": 6.0}, count=3, direction="backward", **net),
+        section({"fused cpp": 5.0, "torch": 1.0}, shape=(9, 9), count=1, **net),
+        section({"fused cpp": 5.0, "torch": 1.0}, shape=(9, 9), count=1, direction="backward", **net),
+    ]
+    assert targets.network_times(sections, "fused cpp") == {"Net": pytest.approx(3 * 3.0 + 10.0)}
+    assert judged(*sections)["Net, all normalizations: PyTorch over C++, time"].value == pytest.approx(26 / 19)
+    assert targets.network_times(sections[:1], "fused cpp") == {}  # half a network has no time
+
+
+def test_what_was_not_measured_is_not_judged():
+    assert targets.verdicts([]) == []
+    assert judged(section({"torch": 1.0}, group="large")) == {}
+
+
+# ---- tables and plot ------------------------------------------------------------------------------
+
+
+def report_of(*sections):
+    machine = {"cpu": "A processor", "cores": 2, "caches": {"L2": "1024K", "L3": "32768K"}}
+    return Report("2026", machine, {"threads": 2}, "a copy", 1.0, list(sections))
+
+
+def test_text_and_markdown_say_the_same():
+    wrong = section({"fused cpp": 2.0, "torch": 4.0}, group="large", plan_reads=2, plan_writes=1, plan_floor=1.5)
+    report = report_of(wrong)
+    tables = target_tables.tables(report)
+    assert [table.title for table in tables] == [
+        "Forward beyond the cache, ms", "Times of peers over C++, both into new arrays: geometric mean (worst)",
+        "Targets",
+    ]  # fmt: skip
+    first = dict(zip(tables[0].columns, tables[0].rows[0], strict=False))
+    assert first["r+w"] == "2+1"
+    assert list(tables[0].rows[0])[5:8] == ["2000", "0.50", "0.75"]
+    assert list(tables[0].rows[0])[-1] == "2.00"
+    for table in tables:
+        marked = target_tables.markdown(table)
+        for row in table.rows:
+            assert f"| {' | '.join(row)} |" in marked
+            assert all(cell in target_tables.text(report) for cell in row)
+    wrong.rows[0].correct, wrong.rows[1].note = False, "failed: ValueError: no"
+    assert "batchnorm ND 2x3 float32 forward, torch: failed: ValueError: no" in target_tables.text(report)
+    assert "fused cpp: error None" in target_tables.text(report)
+
+
+def test_points_of_an_octave_share_a_mean():
+    sizes, shares = plot._by_octave([(1 << 20, 0.5), (1 << 26, 0.4), ((1 << 26) + 8, 0.9), (1 << 28, 7.0)])
+    assert sizes == pytest.approx([1 << 20, 1 << 26, 1 << 28])
+    assert shares == pytest.approx([0.5, 0.6, plot._TOP])
+
+
+def test_tables_and_plot_from_a_file(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    figures = tmp_path / "figures.json"
+    for each in (section({"fused cpp": 2.0}, group="large"), section({"fused cpp": 2.0, "staged": 9.0})):
+        sections = [each] if each.group else [each, section({"fused cpp": 1.0}, direction="backward")]
+        figures.write_text(json.dumps(report_of(*sections).as_dict()))
+        monkeypatch.setattr(sys, "argv", ["tables.py", str(figures), str(tmp_path / "plot")])
+        runpy.run_path(str(TABLES), run_name="__main__")
+        shown = capsys.readouterr().out
+        assert "| BatchNorm 2x3 | " in shown
+        assert ("**Targets**" in shown) == bool(each.group)
+        for ending in (".png", ".svg"):
+            tmp_path.joinpath(f"plot{ending}").unlink()  # was written
