@@ -384,6 +384,8 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
     """A parameter's gradient in its own shape and floating dtype (float64 for integers); None for None."""
     if total is None or parameter is None:
         return None
+    if parameter.dtype is FLOAT32 and parameter.ndim == 1:  # the usual one, 0.2 us less
+        return total.astype(FLOAT32)
     dtype = parameter.dtype if parameter.dtype.kind not in "biu" else FLOAT64
     return total.astype(dtype).reshape(parameter.shape)
 
@@ -392,14 +394,19 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
 
 # Whether a call is of the common kind, in one look of 0.2 us: x exactly an ndarray, C-contiguous, aligned,
 # native float16, float32 or float64, not empty; gamma and beta None or of the accumulation dtype and shape
-# (x.shape[axis],). Nothing then needs converting or packing. Everything else, errors included, is worked out
-# by the functions above, as is everything where the extension is missing.
+# (x.shape[axis],); for a backward also dout as x, of its dtype and shape. Nothing then needs converting or
+# packing. Everything else, errors included, is worked out by the functions above, as is everything where the
+# extension is missing.
 plain: Callable[[Any, Any, Any, int], bool]
+plain_backward: Callable[[Any, Any, Any, Any, int], bool]
 try:
-    from fastnorm._core import plain
+    from fastnorm._core import plain, plain_backward
 except ImportError:
 
     def plain(x: Any, gamma: Any, beta: Any, axis: int, /) -> bool:
+        return False
+
+    def plain_backward(dout: Any, x: Any, gamma: Any, beta: Any, axis: int, /) -> bool:
         return False
 
 

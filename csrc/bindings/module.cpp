@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 
 #include "fastnorm/isa.hpp"
@@ -13,6 +12,7 @@
 namespace py = pybind11;
 
 void register_memory(py::module_& m);  // memory.cpp
+void register_plain(py::module_& m);   // plain.cpp
 
 namespace {
 
@@ -50,35 +50,6 @@ double* optional_out(Optional object) {
   if (object.is_none()) return nullptr;
   auto array = py::reinterpret_borrow<py::array>(object);
   return reals_out(array);
-}
-
-// ---- the common case, in one look: validation for everything else is the ops' slow path ----
-
-bool is_plain(py::handle object, const char* dtypes) {
-  auto& api = py::detail::npy_api::get();
-  constexpr int kWanted = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(api.PyArray_Type_)) return false;
-  const auto array = py::reinterpret_borrow<py::array>(object);
-  const auto dtype = array.dtype();
-  return (array.flags() & kWanted) == kWanted && std::strchr(dtypes, dtype.char_()) != nullptr &&
-         (dtype.byteorder() == '=' || dtype.byteorder() == '|');
-}
-
-// Whether x is a plain array (exactly ndarray, C-contiguous, aligned, native float16, float32 or float64, not
-// empty) and gamma and beta are each None or plain, of the accumulation dtype and shape (x.shape[axis],).
-bool plain(py::handle x, py::handle gamma, py::handle beta, Py_ssize_t axis) {
-  if (!is_plain(x, "efd")) return false;
-  const auto array = py::reinterpret_borrow<py::array>(x);
-  if (axis < 0) axis += array.ndim();
-  if (axis < 0 || axis >= array.ndim() || array.size() == 0) return false;
-  const char* accumulation = array.dtype().char_() == 'd' ? "d" : "f";
-  for (const py::handle parameter : {gamma, beta}) {
-    if (parameter.is_none()) continue;
-    if (!is_plain(parameter, accumulation)) return false;
-    const auto values = py::reinterpret_borrow<py::array>(parameter);
-    if (values.ndim() != 1 || values.shape(0) != array.shape(axis)) return false;
-  }
-  return true;
 }
 
 void register_channel(py::module_& m) {
@@ -231,7 +202,6 @@ void register_machine(py::module_& m) {
     const py::gil_scoped_release release;
     fastnorm::kernels().stream_add(first, second, to, n);
   });
-  m.def("plain", &plain);
   m.def("isa", [] { return std::string(fastnorm::kernels().level); });
   m.def("isas", [] {
     py::list names;
@@ -267,4 +237,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   register_plan(m);
   register_machine(m);
   register_memory(m);
+  register_plain(m);
 }

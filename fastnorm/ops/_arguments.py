@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnorm._layout import Array, Axes, as_array, checked_axis, storage_dtype
+from fastnorm._layout import FLOAT32, FLOAT64, Array, Axes, as_array, checked_axis, storage_dtype
 
+# For plain arrays the sum of `_updated` in one step, the same bits: 0.2 us instead of 2. Else None.
+_running_average: Callable[[Array, Array, float], Array | None]
+try:
+    from fastnorm._core import running_average as _running_average
+except ImportError:
+
+    def _running_average(running: object, batch: object, momentum: float, /) -> Array | None:
+        return None
+
+
+RUNNING = (FLOAT32, FLOAT64)
+"""The dtypes of running statistics that fastnorm makes itself."""
 BN_KEYS = frozenset({"mode", "eps", "momentum", "running_mean", "running_var"})
 LN_KEYS = frozenset({"mode", "eps"})
 
@@ -171,7 +184,9 @@ def batchnorm_options(bn_param: Any, channels: int) -> BatchnormOptions:
 def _running(param: dict[str, Any], key: str, channels: int) -> Array | None:
     """A running statistic as the caller stored it, if its length fits."""
     value = param.get(key)
-    return None if value is None else _one_per_channel(key, value, channels)
+    if value is None or (type(value) is np.ndarray and value.dtype in RUNNING and value.shape == (channels,)):
+        return value  # the usual ones, without the steps that find an error
+    return _one_per_channel(key, value, channels)
 
 
 def constants(options: BatchnormOptions) -> tuple[Array, Array]:
@@ -198,6 +213,8 @@ def store_running(
 def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
     if running is None:
         return ((1.0 - momentum) * batch).astype(dtype)
+    if (average := _running_average(running, batch, momentum)) is not None:
+        return average
     mixed = running.astype(np.float64)
     mixed *= momentum
     mixed += (1.0 - momentum) * (batch if mixed.ndim == 1 else batch.reshape(mixed.shape))

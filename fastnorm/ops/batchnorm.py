@@ -20,6 +20,7 @@ docs/maths.md derives each line.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -128,31 +129,37 @@ def batchnorm_backward(
     cache = _arguments.checked_cache(cache, "batchnorm")
     x = _arguments.cached_x(cache)
     gamma, beta, mean, var, eps = cache.gamma, cache.beta, cache.mean, cache.var, cache.eps
-    dout = _arguments.checked_dout(dout, x.shape)
-    x_dtype = _layout.storage_dtype("x", x)
-    dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
-    _, scale = _layout.parameter("gamma", gamma, x.shape, cache.axes, _layout.accumulation_dtype(dtype))
-    if out is not None:
-        out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
-
     channels = mean.size
-    if x.size == 0:
-        sum_dout = sum_dout_xhat = np.zeros(channels)
-        dx = empty_like(x, x_dtype) if out is None else out
+    if out is None and _layout.plain_backward(dout, x, gamma, beta, cache.axes[0]):
+        outer = math.prod(x.shape[: cache.axes[0]])
+        inner = x.size // (outer * channels)
+        grad, source, scale = dout, x, gamma
+        out = work = empty_like(x)
     else:
-        sum_dout, sum_dout_xhat = np.empty(channels), np.empty(channels)
-        plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes)
-        grad, source = plan.inputs
-        outer, _, inner = plan.view.sizes
-        if cache.frozen:
-            table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
-            zero = np.zeros(channels)
-            table.channel_apply(grad, outer, channels, inner, zero, var, eps, scale, None, plan.work)
-        else:
-            table.channel_backward(
-                grad, source, outer, channels, inner, mean, var, eps, scale, plan.work, sum_dout, sum_dout_xhat
-            )
-        dx = _layout.deliver(plan.work, plan.out)
+        dout = _arguments.checked_dout(dout, x.shape)
+        x_dtype = _layout.storage_dtype("x", x)
+        dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
+        _, scale = _layout.parameter("gamma", gamma, x.shape, cache.axes, _layout.accumulation_dtype(dtype))
+        if out is not None:
+            out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
+        if x.size == 0:
+            zeros = np.zeros(channels)
+            dx = empty_like(x, x_dtype) if out is None else out
+            return dx, _layout.gradient(zeros, gamma), _layout.gradient(zeros, beta)
+        view, (grad, source), work, out = _layout.buffers(
+            (dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes
+        )
+        outer, _, inner = view.sizes
+
+    sum_dout, sum_dout_xhat = np.empty(channels), np.empty(channels)
+    if cache.frozen:
+        table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
+        table.channel_apply(grad, outer, channels, inner, np.zeros(channels), var, eps, scale, None, work)
+    else:
+        table.channel_backward(
+            grad, source, outer, channels, inner, mean, var, eps, scale, work, sum_dout, sum_dout_xhat
+        )
+    dx = _layout.deliver(work, out)
     return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
 
 

@@ -117,6 +117,16 @@ def layernorm_backward(
     cache = _arguments.checked_cache(cache, "layernorm")
     x = _arguments.cached_x(cache)
     gamma, beta, mean, var, axes = cache.gamma, cache.beta, cache.mean, cache.var, cache.axes
+    wanted = gamma is not None or beta is not None
+    sum_dout: Array | None
+    sum_dout_xhat: Array | None
+    if out is None and len(axes) == 1 and _layout.plain_backward(dout, x, gamma, beta, -1):
+        rows, cols = mean.size, x.shape[-1]
+        dx = empty_like(x)
+        sum_dout, sum_dout_xhat = (np.empty(cols), np.empty(cols)) if wanted else (None, None)
+        table.row_backward(dout, x, rows, cols, mean, var, cache.eps, gamma, dx, sum_dout_xhat, sum_dout)
+        return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+
     dout = _arguments.checked_dout(dout, x.shape)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
@@ -125,8 +135,6 @@ def layernorm_backward(
         out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
 
     first = axes[0]
-    sum_dout: Array | None
-    sum_dout_xhat: Array | None
     if x.size == 0:
         cols = math.prod(x.shape[first:])
         sum_dout = sum_dout_xhat = np.zeros(cols)
@@ -137,11 +145,9 @@ def layernorm_backward(
         mean = _layout.to_memory(mean, view.stats, x.shape[:first])
         var = _layout.to_memory(var, view.stats, x.shape[:first])
         scale = _layout.to_memory(scale, view.params, lengths)
-        wanted = gamma is not None or beta is not None
         grad, source = plan.inputs
         rows, cols = view.sizes
-        sum_dout = np.empty(cols) if wanted else None
-        sum_dout_xhat = np.empty(cols) if wanted else None
+        sum_dout, sum_dout_xhat = (np.empty(cols), np.empty(cols)) if wanted else (None, None)
         table.row_backward(grad, source, rows, cols, mean, var, cache.eps, scale, plan.work, sum_dout_xhat, sum_dout)
         sum_dout = _layout.to_index(sum_dout, view.params, lengths)
         sum_dout_xhat = _layout.to_index(sum_dout_xhat, view.params, lengths)
