@@ -415,6 +415,14 @@ def test_resize(size, factor):
 
 
 @sizes
+def test_what_resize_moves_away_from_is_recycled(size):
+    array = output(size)
+    where = address(array)
+    array.resize(2 * size)
+    assert address(output(size)) == where
+
+
+@sizes
 def test_pickles_and_copies_are_independent(size):
     array = output(size, 5)
     loaded, copied = pickle.loads(pickle.dumps(array, protocol=5)), array.copy()
