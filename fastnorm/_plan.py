@@ -67,7 +67,8 @@ class Plan:
             + (f"shared by {self.threads} threads" if self.shared else f"one for each of {self.threads} threads"),
             f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run"),
             f"stores  {'past the cache' if self.streams else 'through the cache'}, fetching {_size(self.ahead)} ahead",
-            f"moves   {reads} and one write of x's size: {_size(self.bytes)}, {self.bytes / self.floor:.3g} times the least",
+            f"moves   {reads} and one write of x's size: {_size(self.bytes)}, "
+            f"{self.bytes / self.floor:.3g} times the least",
         ]
         return "\n".join(lines)
 

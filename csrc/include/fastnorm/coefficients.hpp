@@ -16,32 +16,37 @@ struct Coefficients {
   A *centre, *scale, *shift, *descent;  // `shift` doubles as `offset`
 };
 
+// The pointers are restricted so that the loops vectorize: a square root and a division each take 20 cycles alone.
 template <class A>
-inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* var, double eps,
-                                 const A* gamma, const A* beta) {
+inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
+                                 const double* __restrict var, double eps, const A* __restrict gamma,
+                                 const A* __restrict beta) {
+  A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict shifts = to.shift;
   for (size_t c = 0; c < n; ++c) {
     const A centre = static_cast<A>(mean[c]);
     const double scale = rstd_of(var[c], eps) * (gamma ? static_cast<double>(gamma[c]) : 1.0);
     const double rest = mean[c] - static_cast<double>(centre);
-    to.centre[c] = centre;
-    to.scale[c] = static_cast<A>(scale);
-    to.shift[c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) - rest * scale);
+    centres[c] = centre;
+    scales[c] = static_cast<A>(scale);
+    shifts[c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) - rest * scale);
   }
 }
 
 template <class A>
-inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* var,
-                                  double eps, const A* gamma, const double* sum_dy, const double* sum_dy_xhat,
-                                  double count) {
+inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
+                                  const double* __restrict var, double eps, const A* __restrict gamma,
+                                  const double* __restrict sum_dy, const double* __restrict sum_dy_xhat, double count) {
+  A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict offsets = to.shift, * __restrict descents = to.descent;
+  const double share = 1.0 / count;
   for (size_t c = 0; c < n; ++c) {
     const A centre = static_cast<A>(mean[c]);
     const double rstd = rstd_of(var[c], eps);
-    const double descent = -rstd * sum_dy_xhat[c] / count;
+    const double descent = -rstd * sum_dy_xhat[c] * share;
     const double rest = mean[c] - static_cast<double>(centre);
-    to.centre[c] = centre;
-    to.scale[c] = static_cast<A>(rstd * (gamma ? static_cast<double>(gamma[c]) : 1.0));
-    to.shift[c] = static_cast<A>(sum_dy[c] / count + rest * descent);
-    to.descent[c] = static_cast<A>(descent);
+    centres[c] = centre;
+    scales[c] = static_cast<A>(rstd * (gamma ? static_cast<double>(gamma[c]) : 1.0));
+    offsets[c] = static_cast<A>(sum_dy[c] * share + rest * descent);
+    descents[c] = static_cast<A>(descent);
   }
 }
 
