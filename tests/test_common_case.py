@@ -42,7 +42,7 @@ def taken(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(4, 8), (33, 70), (3, 5, 7, 9)], ids=str)
 @pytest.mark.parametrize("op", ["batchnorm", "batchnorm/test", "layernorm"])
-def test_both_ways_of_a_backward_give_equal_bits(op, shape, dtype, given, taken, backend):
+def test_both_ways_of_a_backward_give_equal_bits(op, shape, dtype, given, taken, backend, monkeypatch):
     op, _, mode = op.partition("/")
     x, dout, gamma, beta = arrays(shape, dtype, 1 if op == "batchnorm" else -1)
     gamma, beta = gamma if given in ("both", "gamma") else None, beta if given in ("both", "beta") else None
@@ -52,8 +52,12 @@ def test_both_ways_of_a_backward_give_equal_bits(op, shape, dtype, given, taken,
     forward, backward = getattr(fastnorm, f"{op}_forward"), getattr(fastnorm, f"{op}_backward")
     _, cache = forward(x, gamma, beta, param, backend=backend)
     short = backward(dout, cache, backend=backend)
-    assert taken == [True]
-    long = backward(dout, cache, out=np.empty_like(x), backend=backend)
+    out = np.empty_like(x)
+    assert backward(dout, cache, out=out, backend=backend)[0] is out
+    assert out.tobytes() == short[0].tobytes()
+    assert taken == [True, True]
+    monkeypatch.setattr(_layout, "plain_backward", lambda *arguments: False)
+    long = backward(dout, cache, backend=backend)
     for found, expected in zip(short, long, strict=True):
         if expected is None:
             assert found is None
@@ -88,6 +92,33 @@ def test_anything_else_goes_the_long_way(change):
     assert _layout.plain_backward(dout, x, gamma, beta, 1)
     x, dout, gamma, beta = change(*plain)
     assert not _layout.plain_backward(dout, x, gamma, beta, 1)
+
+
+@pytest.mark.parametrize("op", ["batchnorm", "layernorm"])
+def test_an_out_takes_the_short_way_too(op, monkeypatch, backend):
+    x, _, gamma, beta = arrays((33, 70), "float32", 1)
+    forward = getattr(fastnorm, f"{op}_forward")
+    out = np.empty_like(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(_layout, "checked_out", None)  # the long way would call it
+        assert forward(x, gamma, beta, {}, out=out, backend=backend)[0] is out
+    assert out.tobytes() == forward(x, gamma, beta, {}, backend=backend)[0].tobytes()
+
+
+def test_an_out_that_is_not_plain_and_apart_goes_the_long_way():
+    memory = np.zeros(100, np.float32)
+    x, out, gamma = memory[:32].reshape(4, 8), memory[32:64].reshape(4, 8), memory[64:72]
+    running = memory[72:80]
+    assert _layout.plain_out(out, x, gamma, None, {"running_mean": running, "mode": "train"})
+    read_only = out.view()
+    read_only.flags.writeable = False
+    for other in (
+        out[::-1], out.T.reshape(4, 8).T, out.reshape(8, 4), out.astype(np.float64), out.view(Named), read_only,
+        memory[31:63].reshape(4, 8), memory[33:65].reshape(4, 8), x, None, [[0.0] * 8] * 4,
+    ):  # fmt: skip
+        assert not _layout.plain_out(other, x, gamma, None)
+    assert not _layout.plain_out(out, x, gamma, {"running_mean": memory[60:68]})
+    assert not _layout.plain_out(out, x, memory[::2])
 
 
 def test_an_axis_that_is_not_there_goes_the_long_way():

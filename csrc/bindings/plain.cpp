@@ -48,6 +48,30 @@ bool plain_backward(py::handle dout, py::handle x, py::handle gamma, py::handle 
          alike(py::reinterpret_borrow<py::array>(dout), py::reinterpret_borrow<py::array>(x));
 }
 
+// Whether an array of which only the extent is looked at shares no byte with `out`. What is not an exact, contiguous
+// array is not known to.
+bool apart(const py::array& out, py::handle other) {
+  if (other.is_none()) return true;
+  if (PyDict_Check(other.ptr())) {  // an options dictionary with running statistics
+    for (const auto& item : py::reinterpret_borrow<py::dict>(other))
+      if (py::isinstance<py::array>(item.second) && !apart(out, item.second)) return false;
+    return true;
+  }
+  if (!is_plain(other, "efd")) return false;
+  const auto array = py::reinterpret_borrow<py::array>(other);
+  const char *begin = static_cast<const char*>(out.data()), *first = static_cast<const char*>(array.data());
+  return begin + out.nbytes() <= first || first + array.nbytes() <= begin;
+}
+
+// Whether a result like x (plain) can be written to out: plain, writable, of x's dtype and shape, and apart from x
+// and the other inputs, each an array, None or a dictionary.
+bool plain_out(py::handle out, py::handle x, const py::args& others) {
+  if (!is_plain(out, "efd")) return false;
+  const auto array = py::reinterpret_borrow<py::array>(out);
+  if (!array.writeable() || !alike(array, py::reinterpret_borrow<py::array>(x)) || !apart(array, x)) return false;
+  return std::all_of(others.begin(), others.end(), [&](py::handle other) { return apart(array, other); });
+}
+
 template <class T>
 py::array mixed(const py::array& running, const double* batch, double momentum) {
   py::array_t<T> result(running.size());
@@ -74,5 +98,6 @@ py::object running_average(py::handle running, py::handle batch, double momentum
 void register_plain(py::module_& m) {
   m.def("plain", &plain);
   m.def("plain_backward", &plain_backward);
+  m.def("plain_out", &plain_out);
   m.def("running_average", &running_average);
 }

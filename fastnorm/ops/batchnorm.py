@@ -64,13 +64,16 @@ def batchnorm_forward(
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
     table = kernels(backend)
-    if out is None and type(axis) is int and axis == 1 and _layout.plain(x, gamma, beta, 1):
+    if (
+        type(axis) is int and axis == 1 and _layout.plain(x, gamma, beta, 1)
+        and (out is None or _layout.plain_out(out, x, gamma, beta, bn_param))
+    ):  # fmt: skip
         outer, channels, axes = x.shape[0], x.shape[1], (1,)
         inner = x.size // (outer * channels)
         options = _arguments.batchnorm_options(bn_param, channels)
         accumulation = _layout.accumulation_dtype(x.dtype)
         source, scale, shift = x, gamma, beta
-        out = work = empty_like(x)
+        out = work = empty_like(x) if out is None else out
         in_place = False
     else:
         x, axes, channels = _arguments.batchnorm_x(x, axis)
@@ -130,11 +133,13 @@ def batchnorm_backward(
     x = _arguments.cached_x(cache)
     gamma, beta, mean, var, eps = cache.gamma, cache.beta, cache.mean, cache.var, cache.eps
     channels = mean.size
-    if out is None and _layout.plain_backward(dout, x, gamma, beta, cache.axes[0]):
+    if _layout.plain_backward(dout, x, gamma, beta, cache.axes[0]) and (
+        out is None or _layout.plain_out(out, x, dout, gamma)
+    ):
         outer = math.prod(x.shape[: cache.axes[0]])
         inner = x.size // (outer * channels)
         grad, source, scale = dout, x, gamma
-        out = work = empty_like(x)
+        out = work = empty_like(x) if out is None else out
     else:
         dout = _arguments.checked_dout(dout, x.shape)
         x_dtype = _layout.storage_dtype("x", x)

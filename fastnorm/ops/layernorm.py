@@ -59,10 +59,14 @@ def layernorm_forward(
     """
     table = kernels(backend)
     eps = _arguments.layernorm_eps(ln_param)
-    if out is None and type(axis) is int and axis == -1 and _layout.plain(x, gamma, beta, -1):
+    if (
+        type(axis) is int and axis == -1 and _layout.plain(x, gamma, beta, -1)
+        and (out is None or _layout.plain_out(out, x, gamma, beta))
+    ):  # fmt: skip
         cols = x.shape[-1]
         rows = x.size // cols
-        out, mean, var = empty_like(x), np.empty(rows), np.empty(rows)
+        out = empty_like(x) if out is None else out
+        mean, var = np.empty(rows), np.empty(rows)
         table.row_forward(x, rows, cols, gamma, beta, eps, out, mean, var)
         return out, Cache("layernorm", x, gamma, beta, mean, var, eps, (x.ndim - 1,), False)
 
@@ -120,9 +124,12 @@ def layernorm_backward(
     wanted = gamma is not None or beta is not None
     sum_dout: Array | None
     sum_dout_xhat: Array | None
-    if out is None and len(axes) == 1 and _layout.plain_backward(dout, x, gamma, beta, -1):
+    if (
+        len(axes) == 1 and _layout.plain_backward(dout, x, gamma, beta, -1)
+        and (out is None or _layout.plain_out(out, x, dout, gamma))
+    ):  # fmt: skip
         rows, cols = mean.size, x.shape[-1]
-        dx = empty_like(x)
+        dx = empty_like(x) if out is None else out
         sum_dout, sum_dout_xhat = (np.empty(cols), np.empty(cols)) if wanted else (None, None)
         table.row_backward(dout, x, rows, cols, mean, var, cache.eps, gamma, dx, sum_dout_xhat, sum_dout)
         return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
