@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,36 @@ def description() -> dict[str, Any]:
         "transparent huge pages": _huge_pages(),
     }
     return {key: value for key, value in found.items() if value}
+
+
+class OtherPrograms:
+    """How busy other programs keep the CPUs that this process may use, from its making on (Linux; else 0)."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cpus(self) -> float:
+        """The number of CPUs that they used on average."""
+        wall, busy, own = (now - before for now, before in zip(self._now(), self._start, strict=True))
+        return max(0.0, busy - own) / wall if busy and wall else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        return time.monotonic(), _busy_seconds(), time.process_time()
+
+
+def _busy_seconds() -> float:
+    """Seconds that our CPUs were not idle since the start of the system, all programs together."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0.0
+    names = {f"cpu{index}" for index in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in _text("/proc/stat").splitlines():
+        name, *counts = line.split()
+        if name in names:
+            user, nice, system, _idle, _waiting, interrupts, soft, stolen = map(int, counts[:8])
+            ticks += user + nice + system + interrupts + soft + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu() -> str:

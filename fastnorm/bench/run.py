@@ -20,6 +20,9 @@ from fastnorm.bench.progress import Progress
 from fastnorm.bench.variants import Variant
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
+DISTURBED = 0.1
+"""CPUs that other programs may use during timed rounds. One that takes a core whole costs two threads 4 ms at a
+time, the scheduler's slice: a floor of 1.5 ms then reads 8, and minima of 60 rounds 4."""
 LONG = 1.0
 """Seconds of the reference backend that are not spent again on timed rounds: it competes with nobody."""
 
@@ -77,6 +80,8 @@ class Section:
     floor_gigabytes_per_second: float = 0.0
     floors: dict[str, float] = field(default_factory=dict)
     """Where several ways compete for the floor: the best time of each."""
+    others: float = 0.0
+    """CPUs that other programs used during the timed rounds."""
     plan_reads: int = 0
     plan_writes: int = 0
     plan_floor_best: float = 0.0
@@ -87,6 +92,11 @@ class Section:
     network: str = ""
     count: int = 1
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs kept the processor busy meanwhile."""
+        return self.others > DISTURBED
 
     def row(self, variant: str, threads: int | None = None) -> Row | None:
         """The row of this variant, if it was timed."""

@@ -67,8 +67,10 @@ def markdown(table: Table) -> str:
 
 
 def _wrong(sections: Iterable[Section]) -> Iterator[str]:
-    """What was not timed, or not right."""
+    """What was not timed, not right, or not alone on the machine."""
     for section in sections:
+        if section.disturbed:
+            yield f"{targets.case_name(section)}: disturbed, other programs used {section.others:.2f} CPUs"
         for row in section.rows:
             if row.note:
                 yield f"{targets.case_name(section)}, {row.variant}: {row.note}"
