@@ -430,6 +430,9 @@ def test_text_and_markdown_say_the_same():
     wrong.rows[0].correct, wrong.rows[1].note = False, "failed: ValueError: no"
     assert "batchnorm ND 2x3 float32 forward, torch: failed: ValueError: no" in target_tables.text(report)
     assert "fused cpp: error None" in target_tables.text(report)
+    assert "forward: not beyond this machine's cache of 32 MB" in target_tables.text(report)
+    wrong.nbytes = 64 << 20
+    assert "not beyond" not in target_tables.text(report)
 
 
 def test_points_of_an_octave_share_a_mean():

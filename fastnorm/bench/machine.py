@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def _caches() -> dict[str, str]:
         if size and kind != "Instruction":
             sizes[f"L{level}{'d' if kind == 'Data' else ''}"] = size
     return sizes
+
+
+def cache_bytes(caches: Mapping[str, str]) -> dict[str, int]:
+    """{'L3': '32768K'} -> {'L3': 33554432}; without those that the system tells in another way."""
+    return {name: int(size[:-1]) << 10 for name, size in caches.items() if size[-1:] == "K" and size[:-1].isdecimal()}
 
 
 def _memory() -> str:

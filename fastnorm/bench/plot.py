@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from fastnorm.bench import machine
 from fastnorm.bench.cases import DIRECTIONS
 from fastnorm.bench.run import Report, Row, Section
 from fastnorm.bench.table import milliseconds
@@ -152,11 +153,11 @@ def _headings(figure: Any, report: Report, size: tuple[float, float]) -> None:
 
     width, height = size
     dtypes = ", ".join(dict.fromkeys(section.dtype for section in report.sections))
-    machine = f"{report.machine['cpu']}, {report.config['threads']} threads, {dtypes}"
+    where = f"{report.machine['cpu']}, {report.config['threads']} threads, {dtypes}"
     left = 0.2 / width
     figure.text(left, 1 - 0.2 / height, "fastnorm against the memory floor", fontsize=13, fontweight="bold", va="top")
     figure.text(
-        left, 1 - 0.47 / height, f"{machine}. Floor: {report.floor}, same run. Longer is better; time at the bar.",
+        left, 1 - 0.47 / height, f"{where}. Floor: {report.floor}, same run. Longer is better; time at the bar.",
         fontsize=8.5, color=_MUTED, va="top",
     )  # fmt: skip
     present = {row.variant for section in report.sections for row in _shown(section)}
@@ -214,8 +215,7 @@ def draw_sizes(report: Report, prefix: Path) -> list[Path]:
 
 
 def _mark_caches(axes: Any, caches: dict[str, str], *, named: bool) -> None:
-    for name, size in caches.items():
-        edge = _bytes(size)
+    for name, edge in machine.cache_bytes(caches).items():
         if _SMALLEST < edge < _LARGEST:
             axes.axvline(edge, color=_GRID, linewidth=1.0, zorder=0)
             if named:
@@ -266,22 +266,17 @@ def _by_octave(points: list[tuple[int, float]]) -> tuple[list[float], list[float
     )
 
 
-def _bytes(text: str) -> int:
-    """'32768K' -> its bytes, 0 where that isn't how the system tells it."""
-    return int(text[:-1]) << 10 if text.endswith("K") and text[:-1].isdecimal() else 0
-
-
 def _size_headings(figure: Any, report: Report, size: tuple[float, float]) -> None:
     from matplotlib.lines import Line2D
 
     width, height = size
     left = 0.2 / width
-    machine = f"{report.machine['cpu']}, {report.config['threads']} threads, float32"
+    where = f"{report.machine['cpu']}, {report.config['threads']} threads, float32"
     figure.text(left, 1 - 0.18 / height, "Share of the memory floor by array size", fontsize=13, fontweight="bold",
                 va="top")  # fmt: skip
     figure.text(
         left, 1 - 0.46 / height,
-        f"{machine}. Floor: the fastest copy (forward) or addition (backward) of the same arrays, same run. "
+        f"{where}. Floor: the fastest copy (forward) or addition (backward) of the same arrays, same run. "
         "A point a shape, lines their means by size.",
         fontsize=8.5, color=_MUTED, va="top",
     )  # fmt: skip

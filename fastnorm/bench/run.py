@@ -20,7 +20,7 @@ from fastnorm.bench.progress import Progress
 from fastnorm.bench.variants import Variant
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
-DISTURBED = 0.1
+DISTURBED = 0.2
 """CPUs that other programs may use during timed rounds. One that takes a core whole costs two threads 4 ms at a
 time, the scheduler's slice: a floor of 1.5 ms then reads 8, and minima of 60 rounds 4."""
 LONG = 1.0

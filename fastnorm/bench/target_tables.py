@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from fastnorm.bench import targets
+from fastnorm.bench import machine, targets
 from fastnorm.bench.cases import DIRECTIONS, OPS
 from fastnorm.bench.peers import PEERS
 from fastnorm.bench.run import Report, Row, Section
@@ -49,8 +49,8 @@ def tables(report: Report) -> list[Table]:
 
 
 def text(report: Report) -> str:
-    machine = report.machine
-    lines = [f"{machine['cpu']}, {report.config['threads']} threads of {machine['cores']} cores", ""]
+    found = report.machine
+    lines = [f"{found['cpu']}, {report.config['threads']} threads of {found['cores']} cores", ""]
     for table in tables(report):
         widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
         lines.append(table.title)
@@ -58,7 +58,7 @@ def text(report: Report) -> str:
             first, *rest = zip(row, widths, strict=True)
             lines.append("  ".join([f"  {first[0].ljust(first[1])}", *(cell.rjust(width) for cell, width in rest)]))
         lines.append("")
-    return "\n".join([*lines, *_wrong(report.sections), LEGEND.format(floor=report.floor)])
+    return "\n".join([*lines, *_notes(report), LEGEND.format(floor=report.floor)])
 
 
 def markdown(table: Table) -> str:
@@ -66,9 +66,12 @@ def markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-def _wrong(sections: Iterable[Section]) -> Iterator[str]:
-    """What was not timed, not right, or not alone on the machine."""
-    for section in sections:
+def _notes(report: Report) -> Iterator[str]:
+    """What was not timed, not right, not alone on the machine, or not what its group says."""
+    cache = max(machine.cache_bytes(report.machine.get("caches", {})).values(), default=0)
+    for section in report.sections:
+        if section.group == "large" and section.nbytes < cache:
+            yield f"{targets.case_name(section)}: not beyond this machine's cache of {cache >> 20} MB"
         if section.disturbed:
             yield f"{targets.case_name(section)}: disturbed, other programs used {section.others:.2f} CPUs"
         for row in section.rows:
