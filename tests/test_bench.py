@@ -76,6 +76,12 @@ def test_cases_are_selected_by_name():
     assert len(targets.selected(target_entries(), [])) == 2 * len(target_entries())
 
 
+def test_bfloat16_needs_ml_dtypes(monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    left = {entry.case.dtype for entry, _ in targets.selected(target_entries(), [])}
+    assert left == set(DTYPES) - {"bfloat16"}
+
+
 # ---- timing ---------------------------------------------------------------------------------------
 
 
@@ -300,11 +306,12 @@ def test_a_wrong_result_is_an_exit_status(entries, tmp_path, capsys, monkeypatch
     ("arguments", "message"),
     [
         (["--only", "x"], "goes with --targets"),
+        (["--targets", "--dtype", "float16"], "argument --dtype: not with --targets"),
         (["--targets", "--only", "nothing like it"], "no case has a name with nothing like it in it"),
         (["--targets", "--only", "("], "argument --only: missing )"),
     ],
 )
-def test_the_commands_errors(arguments, message, capsys):
+def test_the_commands_errors(entries, arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         __main__.main(["bench", *arguments])
     assert stopped.value.code == 2

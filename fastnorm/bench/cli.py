@@ -60,6 +60,9 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             parser.error(f"argument --backend: {name!r} is not available: {unavailable[name]}")
     if options.only and not options.targets:
         parser.error("argument --only: goes with --targets")
+    for name in ("size", "op", "dtype", "quick"):
+        if options.targets and getattr(options, name):
+            parser.error(f"argument --{name}: not with --targets, which has cases of its own; choose by --only")
     if options.output is None:
         options.output = Path("fastnorm-targets" if options.targets else "fastnorm-bench")
     dtypes = list(dict.fromkeys(options.dtype or ["float32"]))

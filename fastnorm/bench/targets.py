@@ -12,6 +12,7 @@ networks   every normalization of a network; each layer's arrays come from memor
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import math
 import re
 import time
@@ -44,10 +45,14 @@ CPP, NUMBA = "fused cpp", "fused numba"
 
 
 def selected(entries: Sequence[Entry], patterns: Sequence[str]) -> list[tuple[Entry, Direction]]:
-    """Those whose name ('large batchnorm NCHW 16x256x56x56 float32 forward') one of the patterns is found in."""
+    """Those whose name ('large batchnorm NCHW 16x256x56x56 float32 forward') one of the patterns is found in.
+
+    Without ml_dtypes those in bfloat16 are left out.
+    """
     return [
         (entry, direction)
         for entry in entries
+        if entry.case.dtype != "bfloat16" or importlib.util.find_spec("ml_dtypes")
         for direction in DIRECTIONS
         if not patterns or any(re.search(each, f"{entry.group} {entry.case} {direction}") for each in patterns)
     ]
