@@ -46,6 +46,24 @@ def test_means_that_differ_between_blocks(op, drift, backend, rng):
     check_all(truth(this, *inputs), fused(this, inputs, backend))
 
 
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [(4099, 33), (33, 4099), (9000, 3), (16, 6, 7, 7), (2, 3, 300, 7)], ids=str)
+@ops
+def test_first_elements_far_from_the_rest(op, shape, far, backend, rng):
+    """A kernel that looks at a block's first elements for a pivot must not trust them."""
+    this = case(op, shape)
+    x = rng.standard_normal(shape)
+    if op == "layernorm":
+        x[..., :16] += far
+    elif len(shape) == 2:
+        x[:8] += far
+    else:
+        x[0, ..., :1, :16] += far
+    inputs = this.inputs()._replace(x=x.astype(np.float32))
+    check_all(truth(this, *inputs), fused(this, inputs, backend))
+    check_moments(fastnorm.moments(inputs.x, this.reduced_axes, backend=backend), inputs.x, this.reduced_axes)
+
+
 CONSTANTS = (0.0, -0.0, 1.0, 0.1, -3.7, 1e4 + 1 / 3, 6e-5)
 
 

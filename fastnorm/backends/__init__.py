@@ -19,9 +19,9 @@ What a kernel receives
 What a kernel promises
     - Outputs are overwritten, never added to. Nothing is returned, printed or validated.
     - y may be x, and dx may be dy or x: the same block, in place. No other overlap.
-    - Statistics are an exact two-pass (sum, centred squares) within a block, blocks merged by Chan's rule
-      in an order that the sizes alone decide. So results are bitwise the same for any number of threads,
-      and a row's result does not depend on how many other rows there are.
+    - Statistics are as accurate as an exact two-pass (sum, centred squares) within a block, blocks merged by
+      Chan's rule in an order that the sizes alone decide. So results are bitwise the same for any number of
+      threads, and a row's result does not depend on how many other rows there are.
     - A constant channel or row has var exactly 0 and a mean exactly equal to the constant.
     - NaN and Inf stay within their channel or row.
     - No memory of the arrays' size is allocated; only per-channel, per-row and per-chunk workspace.

@@ -16,7 +16,7 @@ struct Columns {
   using A = Acc<T>;
   // Columns of a block whose rows are summed together: a block is then 256 KB of float32 at most, and stays in L2.
   static constexpr size_t kWidth = 1024;
-  static constexpr size_t kWorkspace = 5 * kWidth;
+  static constexpr size_t kWorkspace = 6 * kWidth;
   // Rows whose mean is the first pivot.
   static constexpr size_t kPivotRows = 8;
 
@@ -132,7 +132,7 @@ struct Columns {
   // As `block_moments`, for all channels of a slab at once.
   void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
     A *sums = workspace, *squares = workspace + kWidth, *pivots = workspace + 2 * kWidth,
-      *near = workspace + 3 * kWidth, *again = workspace + 4 * kWidth;
+      *near = workspace + 3 * kWidth, *sums_again = workspace + 4 * kWidth, *squares_again = workspace + 5 * kWidth;
     double before = 0;
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
@@ -147,24 +147,23 @@ struct Columns {
           for (size_t c = 0; c < n; ++c) near[c] = static_cast<A>(to_mean[c]);
         std::copy_n(near, n, pivots);
         spread(pivots, n);
-        sum_block<8>(u, n, {sums, squares}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+        const auto around_pivots = [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
           const Vector<A> d = how.load(block + at) - how.load(pivots + c);
           sum[0] += d;
           sum[1] = mul_add(d, d, sum[1]);
-        });
+        };
+        sum_block<8>(u, n, {sums, squares}, around_pivots);
         if (settle(sums, squares, n, more)) {
-          // The second pass, taken over by the channels that need it.
+          // Once more around the means just found, taken over by the channels that need it.
           for (size_t c = 0; c < n; ++c) pivots[c] = near[c] + sums[c];
           spread(pivots, n);
-          sum_block<8>(u, n, {again}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-            const Vector<A> d = how.load(block + at) - how.load(pivots + c);
-            sum[0] = mul_add(d, d, sum[0]);
-          });
+          sum_block<8>(u, n, {sums_again, squares_again}, around_pivots);
           for (size_t c = 0; c < n; ++c) {
             if (squares[c] >= 0) continue;
-            const double block_mean = static_cast<double>(near[c]) + static_cast<double>(sums[c]);
-            const double rest = block_mean - static_cast<double>(near[c] + sums[c]);
-            squares[c] = static_cast<A>(std::max(0.0, static_cast<double>(again[c]) - more * rest * rest));
+            const double sum = sums_again[c], m2_again = squares_again[c] - sum * (sum / more);
+            near[c] += sums[c];
+            sums[c] = static_cast<A>(sum / more);
+            squares[c] = static_cast<A>(m2_again < 0.0 ? 0.0 : m2_again);  // NaN stays
           }
         }
         if (before == 0) {

@@ -2,7 +2,7 @@
 //
 //   scalar:  pivot = mean of the block's first elements
 //            d = x - pivot;  mean = pivot + sum(d)/n
-//            m2 = sum(d^2) - sum(d)^2/n, or sum((x - mean)^2) in a second pass where that would cancel
+//            m2 = sum(d^2) - sum(d)^2/n; where that would cancel, the same again with this mean as the pivot
 //   merge:   delta = b.mean - a.mean
 //            mean  = a.mean + delta*b.n/(a.n + b.n)
 //            m2    = a.m2 + b.m2 + delta^2*a.n*b.n/(a.n + b.n)
@@ -58,29 +58,14 @@ FASTNORM_INLINE Vector<Acc<T>> pivot_of(const T* x, size_t length) {
 // Whether sum(d)^2/n is too large a part of sum(d^2) to be subtracted from it; of NaN as well.
 FASTNORM_INLINE bool cancels(double off_pivot, double squares) { return !(off_pivot <= 0.5 * squares); }
 
-template <class T>
-FASTNORM_INLINE double block_m2(const T* x, size_t runs, size_t stride, size_t length, double mean) {
-  using A = Acc<T>;
-  const Vector<A> centre = broadcast(static_cast<A>(mean));
-  Vector<A> squares[4] = {};
-  for (size_t r = 0; r < runs; ++r) {
-    const T* run = x + r * stride;
-    sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> d = how.load(run + i, centre) - centre;
-      squares[k] = mul_add(d, d, squares[k]);
-    });
-  }
-  const double rest = mean - static_cast<double>(centre[0]);
-  const double m2 = total<A>(combined(squares)) - static_cast<double>(runs * length) * rest * rest;
-  return m2 < 0.0 ? 0.0 : m2;
-}
+// sum(d) and sum(d^2), d = x - pivot.
+struct AroundPivot {
+  double sum, square;
+};
 
 template <class T>
-FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
+FASTNORM_INLINE AroundPivot sums_around(Vector<Acc<T>> pivot, const T* x, size_t runs, size_t stride, size_t length) {
   using A = Acc<T>;
-  const double n = static_cast<double>(runs * length),
-               share = 1.0 / n;  // hoisted out of loops, where a division is not
-  const Vector<A> pivot = pivot_of(x, length);
   Vector<A> sums[4] = {}, squares[4] = {};
   for (size_t r = 0; r < runs; ++r) {
     const T* run = x + r * stride;
@@ -90,10 +75,22 @@ FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, si
       squares[k] = mul_add(d, d, squares[k]);
     });
   }
-  const double sum = total<A>(combined(sums)), square = total<A>(combined(squares));
-  const double mean = static_cast<double>(pivot[0]) + sum * share, off_pivot = sum * (sum * share);
-  if (cancels(off_pivot, square)) return {n, mean, block_m2(x, runs, stride, length, mean)};
-  return {n, mean, square - off_pivot};
+  return {total<A>(combined(sums)), total<A>(combined(squares))};
+}
+
+template <class T>
+FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, size_t length) {
+  using A = Acc<T>;
+  const double n = static_cast<double>(runs * length),
+               share = 1.0 / n;  // hoisted out of loops, where a division is not
+  Vector<A> pivot = pivot_of(x, length);
+  AroundPivot d = sums_around(pivot, x, runs, stride, length);
+  if (cancels(d.sum * (d.sum * share), d.square)) {
+    pivot = broadcast(static_cast<A>(static_cast<double>(pivot[0]) + d.sum * share));
+    d = sums_around(pivot, x, runs, stride, length);
+  }
+  const double m2 = d.square - d.sum * (d.sum * share);
+  return {n, static_cast<double>(pivot[0]) + d.sum * share, m2 < 0.0 ? 0.0 : m2};
 }
 
 }  // namespace fastnorm::FASTNORM_LEVEL
