@@ -156,7 +156,16 @@ def test_a_disturbed_section_is_timed_again_and_the_calmest_counts(entries, monk
     (found,) = report.sections
     assert (len(Others.seen), found.others, found.floor_best) == (3, 0.4, 1.4)
     assert found.disturbed
+    assert found.attempts == 3
     assert "forward: disturbed, other programs used 0.40 CPUs" in target_tables.text(report)
+
+
+def test_a_machine_that_is_never_calm_costs_a_limited_time(entries, monkeypatch):
+    monkeypatch.setattr(machine.OtherPrograms, "cpus", lambda self: 1.0)
+    monkeypatch.setattr(targets, "_timed", lambda *arguments, **how: {"floor": measure.Timing(1.0, 1.0, 1)})
+    monkeypatch.setattr(targets, "REPEATS", 3)
+    report = targets.run([(entries[0], "forward")] * 4, ["numpy"], with_peers=False)
+    assert [each.attempts for each in report.sections] == [3, 2, 1, 1]
 
 
 # ---- floors ---------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ class Section:
     """Where several ways compete for the floor: the best time of each."""
     others: float = 0.0
     """CPUs that other programs used during the timed rounds."""
+    attempts: int = 1
+    """How often it was timed to find calm; the calmest counts."""
     plan_reads: int = 0
     plan_writes: int = 0
     plan_floor_best: float = 0.0

@@ -33,8 +33,9 @@ from fastnorm.bench.variants import Variant, variants
 IN_BURSTS = ("cache", "small", "threads")
 AGAINST_PEERS = ("large", "cache", "dtypes")
 """Groups whose cases count as won or lost; small calls and networks have targets of their own."""
-ATTEMPTS = 3
-"""How often a section is timed while other programs keep the machine busy; the calmest counts."""
+ATTEMPTS, REPEATS = 3, 40
+"""How often a section is timed while other programs keep the machine busy, and how often more than once in a run:
+about a minute, after which the report has to name what was disturbed."""
 LEAST_ROUNDS, MOST_ROUNDS, WORTH = 4, 60, 0.2
 """Rounds of a case in turns, and the seconds that each of its calls is worth."""
 
@@ -65,6 +66,7 @@ def run(
     start = time.monotonic()
     sections: list[Section] = []
     before: tuple[Case, Inputs, Array] | None = None
+    repeats = REPEATS
     with Progress(len(parts), len(parts)) as progress:
         for entry, direction in parts:
             progress.part(f"{entry.group}: {entry.case}, {direction}")
@@ -72,9 +74,10 @@ def run(
             if before is None or before[0] != case:
                 before = None  # the last case's arrays go before the next one's come
                 before = case, case.inputs(), case.empty()
-            sections.append(
-                _section(entry, *before[1:], direction, _contestants(entry, backends, with_peers), progress)
-            )
+            chosen = _contestants(entry, backends, with_peers)
+            attempts = min(ATTEMPTS, 1 + repeats)
+            sections.append(_section(entry, *before[1:], direction, chosen, progress, attempts=attempts))
+            repeats -= sections[-1].attempts - 1
             progress.step()
     return Report(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -104,8 +107,9 @@ def _contestants(entry: Entry, backends: Sequence[str] | None, with_peers: bool)
 
 
 def _section(
-    entry: Entry, inputs: Inputs, out: Array, direction: Direction, chosen: Sequence[Variant], progress: Progress
-) -> Section:
+    entry: Entry, inputs: Inputs, out: Array, direction: Direction, chosen: Sequence[Variant], progress: Progress, *,
+    attempts: int,
+) -> Section:  # fmt: skip
     section, calls = checked(entry.case, inputs, out, direction, chosen, progress, watch_memory=False)
     section.group, section.contest = entry.group, entry.contest
     section.network, section.count = entry.network, entry.count
@@ -122,7 +126,7 @@ def _section(
         calls, threads = _by_threads(section, calls)
 
     section.others = math.inf
-    for _ in range(ATTEMPTS):
+    for section.attempts in range(1, attempts + 1):
         others = machine.OtherPrograms()
         timings = _timed(calls, floors, threads, in_bursts=entry.group in IN_BURSTS)
         if (cpus := others.cpus()) < section.others:
