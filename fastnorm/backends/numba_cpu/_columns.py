@@ -102,33 +102,36 @@ def _section(section, rows, fold):
 # ---- forward ---------------------------------------------------------------------------------------
 
 
-@compiled
-def _deviations(x, top, stride, rows, columns, centre, sums):
-    """sums[j] = the sum of x - centre down each column, a few rows at a time, so that they stay in registers."""
-    zero = spread4(x, 0.0)
-    for first in range(0, rows, TOGETHER):
-        last = least(first + TOGETHER, rows)
-        for j in range(0, columns, 4 * lanes(x)):
-            middle = load4(centre, j, SCRATCH, zero)
-            running = load4(sums, j, SCRATCH, zero) if first > 0 else zero
-            for row in range(first, last):
-                running += load4(x, top + row * stride + j, columns - j, middle) - middle
-            store4(sums, j, running, SCRATCH)
+def _sum_down(term):
+    """sums[j] = the sum of term(x - centre) down each column, a few rows at a time, so that they stay in registers."""
+
+    @compiled
+    def sum_down(x, top, stride, rows, columns, centre, sums):
+        zero = spread4(x, 0.0)
+        for first in range(0, rows, TOGETHER):
+            last = least(first + TOGETHER, rows)
+            for j in range(0, columns, 4 * lanes(x)):
+                middle = load4(centre, j, SCRATCH, zero)
+                running = load4(sums, j, SCRATCH, zero) if first > 0 else zero
+                for row in range(first, last):
+                    running += term(load4(x, top + row * stride + j, columns - j, middle) - middle)
+                store4(sums, j, running, SCRATCH)
+
+    return sum_down
 
 
 @compiled
-def _squares(x, top, stride, rows, columns, centre, sums):
-    """sums[j] = the sum of (x - centre)^2 down each column."""
-    zero = spread4(x, 0.0)
-    for first in range(0, rows, TOGETHER):
-        last = least(first + TOGETHER, rows)
-        for j in range(0, columns, 4 * lanes(x)):
-            middle = load4(centre, j, SCRATCH, zero)
-            running = load4(sums, j, SCRATCH, zero) if first > 0 else zero
-            for row in range(first, last):
-                deviation = load4(x, top + row * stride + j, columns - j, middle) - middle
-                running += deviation * deviation
-            store4(sums, j, running, SCRATCH)
+def _itself(deviation):
+    return deviation
+
+
+@compiled
+def _squared(deviation):
+    return deviation * deviation
+
+
+_deviations = _sum_down(_itself)
+_squares = _sum_down(_squared)
 
 
 @compiled
