@@ -258,18 +258,30 @@ def readable(inputs: tuple[Array, ...], dtype: np.dtype[Any], view_of: ViewOf, a
     return view, (*ready, x)
 
 
-def _dense_like(x: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> tuple[Array, View]:
-    """An empty array for x's values that a kernel can address: in x's order of axes, or, where that does not
-    serve (rows of a Fortran-ordered array, say), with the given axes last."""
-    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-    for candidate in (order, [*(axis for axis in range(x.ndim) if axis not in axes), *axes]):
-        lengths = [x.shape[axis] for axis in candidate]
-        strides = [math.prod(lengths[position + 1 :]) * dtype.itemsize for position in range(x.ndim)]
-        back = [candidate.index(axis) for axis in range(x.ndim)]
-        view = view_of(x.shape, tuple(strides[position] for position in back), dtype.itemsize, axes)
+def packed_view(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, view_of: ViewOf, axes: Axes
+) -> tuple[list[int], View]:
+    """The order of axes in which an array that no kernel can address is packed, outermost first, and the view then.
+
+    The array's own order of axes, or, where that does not serve (rows of a Fortran-ordered array, say), one with
+    the given axes last.
+    """
+    ndim = len(shape)
+    order = sorted(range(ndim), key=lambda axis: -abs(strides[axis]))
+    for candidate in (order, [*(axis for axis in range(ndim) if axis not in axes), *axes]):
+        lengths = [shape[axis] for axis in candidate]
+        steps = [math.prod(lengths[position + 1 :]) * itemsize for position in range(ndim)]
+        view = view_of(shape, tuple(steps[candidate.index(axis)] for axis in range(ndim)), itemsize, axes)
         if view is not None:
-            return empty(lengths, dtype).transpose(back), view
+            return candidate, view
     raise AssertionError("the given axes last are always adjacent")
+
+
+def _dense_like(x: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> tuple[Array, View]:
+    """An empty array for x's values that a kernel can address."""
+    order, view = packed_view(x.shape, x.strides, dtype.itemsize, view_of, axes)
+    back = [order.index(axis) for axis in range(x.ndim)]
+    return empty([x.shape[axis] for axis in order], dtype).transpose(back), view
 
 
 def deliver(work: Array, out: Array) -> Array:

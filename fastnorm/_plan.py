@@ -104,7 +104,7 @@ def plan(
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction: expected 'forward' or 'backward', got {direction!r}")
     threads = _threads.get_num_threads() if threads is None else _threads.checked(threads, "threads")
-    shape, strides, storage = _described(x, dtype)
+    shape, strides, storage, direct = _described(x, dtype)
     try:
         core: Any = importlib.import_module("fastnorm._core")
     except ImportError as error:
@@ -114,15 +114,14 @@ def plan(
     channel = _FAMILY[op] == "channel"
     axes = (position,) if channel else tuple(range(position, len(shape)))
     view_of = _layout.channel_view if channel else _layout.row_view
-    view = None if strides is None else view_of(shape, strides, storage.itemsize, axes)
-    packed = view is None
-    if view is None:
-        view = view_of(shape, _c_strides(shape, storage.itemsize), storage.itemsize, axes)
-        assert view is not None, "C order always has a view"
-    arrays = 1 if direction == "forward" else 2
     size = math.prod(shape)
     if size == 0:
         raise ValueError(f"x: there is nothing to plan for an empty array, got shape {shape}")
+    view = view_of(shape, strides, storage.itemsize, axes) if direct else None
+    packed = view is None
+    if view is None:
+        _, view = _layout.packed_view(shape, strides, storage.itemsize, view_of, axes)
+    arrays = 1 if direction == "forward" else 2
     how = (core.plan_channels if channel else core.plan_rows)(*view.sizes, storage.itemsize, arrays, threads)
     reads = arrays * how["passes"]
     return Plan(
@@ -133,14 +132,13 @@ def plan(
     )  # fmt: skip
 
 
-def _described(x: Any, dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None, np.dtype[Any]]:
-    """Shape, strides (None where a kernel cannot address the memory as it is) and storage dtype."""
+def _described(x: Any, dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], bool]:
+    """Shape, strides, storage dtype, and whether a kernel can read elements as they are."""
     if isinstance(x, np.ndarray):
         if dtype is not None:
             raise TypeError("dtype: goes with a shape; an array has its own")
         storage = _layout.storage_dtype("x", x)
-        direct = x.dtype == storage and x.flags.aligned
-        return x.shape, x.strides if direct else None, storage
+        return x.shape, x.strides, storage, x.dtype == storage and bool(x.flags.aligned)
     try:
         shape = tuple(int(n) for n in x)
     except TypeError:
@@ -148,8 +146,5 @@ def _described(x: Any, dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...] | N
     if any(n < 0 for n in shape):
         raise ValueError(f"x: a shape has no negative lengths, got {shape}")
     storage = _layout.storage_dtype("dtype", np.empty(0, np.float32 if dtype is None else dtype))
-    return shape, _c_strides(shape, storage.itemsize), storage
-
-
-def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))
+    strides = tuple(math.prod(shape[axis + 1 :]) * storage.itemsize for axis in range(len(shape)))
+    return shape, strides, storage, True

@@ -46,6 +46,15 @@ def test_memory_order_counts_not_the_shape():
     assert not fastnorm.plan("batchnorm", images).packed
 
 
+def test_an_array_with_gaps_is_planned_in_the_order_it_is_packed_in():
+    memory = np.empty((8, 14, 14, 2 * 64), np.float32)
+    with_gaps = memory[..., ::2].transpose(0, 3, 1, 2)  # channels last in memory
+    plan = fastnorm.plan("batchnorm", with_gaps)
+    assert (plan.packed, plan.sizes) == (True, (8 * 14 * 14, 64, 1))
+    swapped = np.empty((4, 6), ">f4")
+    assert fastnorm.plan("layernorm", swapped).packed
+
+
 def test_small_results_stay_in_cache():
     assert not fastnorm.plan("layernorm", (64, 64)).streams
     assert fastnorm.plan("layernorm", (L3 // 4096, 4096)).streams

@@ -168,7 +168,6 @@ void register_plan(py::module_& m) {
     const fastnorm::RowPlan plan = fastnorm::plan_rows(RowShape{rows, cols}, itemsize, arrays, threads);
     py::dict result;
     result["side_by_side"] = false;
-    result["fold"] = 1;
     result["groups"] = (cols + fastnorm::kChunk - 1) / fastnorm::kChunk;
     result["team"] = plan.team;
     result["slab"] = plan.rows;
