@@ -349,6 +349,7 @@ def test_shares_of_the_floor():
     numba = found["beyond the cache: Numba's speed over C++'s, geometric mean"]
     assert numba.value == pytest.approx(math.sqrt(0.8 * 0.625))
     assert numba.met is False
+    assert found["beyond the cache: Numba's speed over C++'s, worst"].target == 0.75
 
 
 def test_shares_of_a_copy_in_the_cache():
@@ -356,6 +357,7 @@ def test_shares_of_a_copy_in_the_cache():
     found = judged(section({"fused cpp": 2.0}, floor=1.0, group="cache", floors=floors))
     assert found["in the cache: share of the fastest copy or addition, worst"].value == pytest.approx(0.5)
     assert found["in the cache: share of NumPy's or the non-temporal one, worst"].value == pytest.approx(0.75)
+    assert {verdict.target for verdict in found.values() if verdict.name.startswith("in the cache")} == {0.8}
 
 
 def test_speed_against_peers_is_that_of_new_arrays():
@@ -370,6 +372,8 @@ def test_speed_against_peers_is_that_of_new_arrays():
     assert (worst.value, worst.met) == (pytest.approx(0.9), False)
     assert found["PyTorch over C++, time, geometric mean"].value == pytest.approx(math.sqrt(1.5 * 0.9))
     assert found["JAX over C++, time, worst"].met
+    batchnorm = found["PyTorch over C++, time, batchnorm, geometric mean"]
+    assert (batchnorm.target, batchnorm.met) == (5.0, False)
 
 
 def test_small_calls_backward_against_autograd():
@@ -388,6 +392,8 @@ def test_dtypes_by_elements_a_second():
     assert found["float16: elements a second over float32's, worst"].value == pytest.approx(1.5)
     assert found["float64: share of its plan's floor, worst"].value == pytest.approx(0.5)
     assert not any("bfloat16" in name for name in found)
+    assert found["float16: elements a second over float32's, geometric mean"].target == 1.6
+    assert found["float64: share of its plan's floor, geometric mean"].target == 0.85
 
 
 def test_threads_against_one():
@@ -397,6 +403,8 @@ def test_threads_against_one():
     fill(many, {name: measure.Timing(time, time, 1) for name, time in times.items()})
     found = judged(many)
     assert found["fused cpp: time with 1 thread over time with 2, worst"].value == pytest.approx(1.6)
+    assert found["fused cpp: time with 1 thread over time with 2, worst"].met is False
+    assert found["fused cpp: time with 1 thread over time with 4, worst"].met is None
     assert found["fused cpp: time with 1 thread over time with 4, worst"].value == pytest.approx(4.0)
 
 

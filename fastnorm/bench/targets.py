@@ -231,6 +231,10 @@ def _shares(sections: Sequence[Section], variant: str = CPP, *, of_plan: bool = 
 
 
 AIM_LARGE, LEAST_LARGE, WORST_LARGE = 0.90, 0.80, 0.65
+IN_CACHE = 0.80
+OVER_PYTORCH = {"batchnorm": 5.0, "layernorm": 1.5}
+HALVES_OVER_FLOAT32, FLOAT64_OF_PLAN = 1.6, 0.85
+TWO_THREADS = 1.8
 NUMBA_OVER_CPP = 0.75
 
 
@@ -256,14 +260,16 @@ def _large(sections: Sequence[Section]) -> Iterator[Verdict]:
 
 def _cache(sections: Sequence[Section]) -> Iterator[Verdict]:
     own = _of(sections, "cache")
-    yield from _means("in the cache: share of the fastest copy or addition", _shares(own))
+    yield from _means(
+        "in the cache: share of the fastest copy or addition", _shares(own), mean=IN_CACHE, worst=IN_CACHE
+    )
     single = {
         case_name(section): min(section.floors[way] for way in ("plain", "non-temporal") if way in section.floors)
         / row.best
         for section in own
         if (row := section.row(CPP)) and row.best
     }
-    yield from _means("in the cache: share of NumPy's or the non-temporal one", single)
+    yield from _means("in the cache: share of NumPy's or the non-temporal one", single, mean=IN_CACHE, worst=IN_CACHE)
 
 
 def time_of_new(row: Row) -> float:
@@ -293,6 +299,9 @@ def _peers(sections: Sequence[Section]) -> Iterator[Verdict]:
     for name in ("torch", "torch compile", "onednn", "jax", "alt"):
         label = PEERS[name].label if name in PEERS else "NumPy alt"
         yield from _means(f"{label} over C++, time", speedups(_of(sections, *AGAINST_PEERS), name), worst=1.0)
+    for op, least in OVER_PYTORCH.items():
+        own = [section for section in _of(sections, *AGAINST_PEERS) if section.op == op]
+        yield from _means(f"PyTorch over C++, time, {op}", speedups(own, "torch"), mean=least)[:1]
 
 
 def _dtypes(sections: Sequence[Section]) -> Iterator[Verdict]:
@@ -304,10 +313,11 @@ def _dtypes(sections: Sequence[Section]) -> Iterator[Verdict]:
             for (op, layout, direction, which), seconds in times.items()
             if which == dtype and (single := times.get((op, layout, direction, "float32")))
         }
-        yield from _means(f"{dtype}: elements a second over float32's", figures)
-    yield from _means(
-        "float64: share of its plan's floor", _shares([s for s in own if s.dtype == "float64"], of_plan=True)
-    )
+        yield from _means(
+            f"{dtype}: elements a second over float32's", figures, mean=HALVES_OVER_FLOAT32, worst=HALVES_OVER_FLOAT32
+        )
+    float64 = _shares([section for section in own if section.dtype == "float64"], of_plan=True)
+    yield from _means("float64: share of its plan's floor", float64, mean=FLOAT64_OF_PLAN, worst=FLOAT64_OF_PLAN)
 
 
 def _threads(sections: Sequence[Section]) -> Iterator[Verdict]:
@@ -319,7 +329,9 @@ def _threads(sections: Sequence[Section]) -> Iterator[Verdict]:
                 for section in _of(sections, "threads")
                 if (one := section.row(variant, 1)) and (many := section.row(variant, count)) and one.best and many.best
             }
-            yield from _means(f"{variant}: time with 1 thread over time with {count}", figures)
+            least = TWO_THREADS if count == 2 else None
+            name = f"{variant}: time with 1 thread over time with {count}"
+            yield from _means(name, figures, mean=least, worst=least)
 
 
 def _numba(sections: Sequence[Section]) -> Iterator[Verdict]:
@@ -328,7 +340,7 @@ def _numba(sections: Sequence[Section]) -> Iterator[Verdict]:
         for section in _of(sections, "large")
         if (ours := section.row(CPP)) and (numba := section.row(NUMBA)) and ours.best and numba.best
     }
-    yield from _means("beyond the cache: Numba's speed over C++'s", figures, mean=NUMBA_OVER_CPP)
+    yield from _means("beyond the cache: Numba's speed over C++'s", figures, mean=NUMBA_OVER_CPP, worst=NUMBA_OVER_CPP)
 
 
 def network_times(sections: Sequence[Section], variant: str) -> dict[str, float]:
