@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnorm._memory import empty, empty_like
+from fastnorm import _arrays
+from fastnorm._arrays import empty_like
 
 Array = np.ndarray[Any, Any]
 Axes = tuple[int, ...]
@@ -178,8 +179,8 @@ def to_index(flat: Array | None, order: Axes | None, lengths: tuple[int, ...]) -
     """The inverse of `to_memory`."""
     if order is None or flat is None:
         return flat
-    indexed = np.empty(lengths, flat.dtype)
-    indexed.transpose(order)[...] = flat.reshape([lengths[axis] for axis in order])
+    indexed = _arrays.empty(lengths, flat.dtype, flat)
+    _arrays.copy(indexed.transpose(order), flat.reshape([lengths[axis] for axis in order]))
     return indexed.reshape(-1)
 
 
@@ -233,7 +234,7 @@ def buffers(
         if found is None or found.memory != view.memory:
             target = empty_like(work) if work_taken else work
             work_taken = True
-            np.copyto(target, array, casting="unsafe")
+            _arrays.copy(target, array)
             array = target
         ready.append(array)
     return Buffers(view, tuple(ready), work, out)
@@ -245,14 +246,14 @@ def readable(inputs: tuple[Array, ...], dtype: np.dtype[Any], view_of: ViewOf, a
     view = _view(x, dtype, view_of, axes)
     if view is None:
         packed, view = _dense_like(x, dtype, view_of, axes)
-        np.copyto(packed, x, casting="unsafe")
+        _arrays.copy(packed, x)
         x = packed
     ready: list[Array] = []
     for array in inputs[:-1]:
         found = _view(array, dtype, view_of, axes)
         if found is None or found.memory != view.memory:
             packed = empty_like(x)
-            np.copyto(packed, array, casting="unsafe")
+            _arrays.copy(packed, array)
             array = packed
         ready.append(array)
     return view, (*ready, x)
@@ -281,13 +282,13 @@ def _dense_like(x: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> 
     """An empty array for x's values that a kernel can address."""
     order, view = packed_view(x.shape, x.strides, dtype.itemsize, view_of, axes)
     back = [order.index(axis) for axis in range(x.ndim)]
-    return empty([x.shape[axis] for axis in order], dtype).transpose(back), view
+    return _arrays.empty([x.shape[axis] for axis in order], dtype, x).transpose(back), view
 
 
 def deliver(work: Array, out: Array) -> Array:
     """The result where the caller expects it."""
     if work is not out:
-        np.copyto(out, work, casting="unsafe")
+        _arrays.copy(out, work)
     return out
 
 
@@ -304,18 +305,16 @@ def _overlaps_itself(array: Array) -> bool:
     return False
 
 
-def checked_out(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], others: dict[str, Any], may_be: Array | None = None
-) -> Array:
-    """The caller's `out`, if a result of this shape and dtype can be written there.
+def checked_out(out: Any, x: Array, dtype: np.dtype[Any], others: dict[str, Any], may_be: Array | None = None) -> Array:
+    """The caller's `out`, if a result of x's shape and this dtype can be written there.
 
     It must overlap none of `others` (argument name -> array or None), except that it may be `may_be`
     itself: the same elements in the same places.
     """
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: expected a NumPy array, got {type(out).__module__}.{type(out).__name__}")
-    if out.shape != shape:
-        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.shape != x.shape:
+        raise ValueError(f"out: expected shape {x.shape}, got {out.shape}")
     if out.dtype != dtype:
         raise ValueError(f"out: expected dtype {dtype}, got {out.dtype}")
     if not out.flags.writeable:
@@ -323,29 +322,22 @@ def checked_out(
     if _overlaps_itself(out):
         raise ValueError(f"out: its elements overlap one another (shape {out.shape}, strides {out.strides})")
     for name, other in others.items():
-        if not isinstance(other, np.ndarray) or not np.may_share_memory(out, other):
+        if not isinstance(other, np.ndarray) or not _arrays.may_share_memory(out, other):
             continue
         if other is may_be and same_elements(out, other):
             continue
-        if _share_memory(out, other):
+        if _arrays.share_memory(out, other):
             raise ValueError(f"out: overlaps {name}; expected memory of its own")
     return out if type(out) is np.ndarray else out.view(np.ndarray)
 
 
 def same_elements(first: Array, second: Array) -> bool:
     return (
-        first.__array_interface__["data"][0] == second.__array_interface__["data"][0]
+        _arrays.address(first) == _arrays.address(second)
         and first.strides == second.strides
         and first.shape == second.shape
         and first.dtype == second.dtype
     )
-
-
-def _share_memory(first: Array, second: Array) -> bool:
-    try:
-        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]  # the stub knows only the two special values
-    except np.exceptions.TooHardError:  # assume the worst
-        return True
 
 
 # ---- parameters -----------------------------------------------------------------------------------
@@ -370,26 +362,22 @@ def fits_axes(given: tuple[int, ...], shape: tuple[int, ...], axes: Axes) -> boo
     return _stripped(given) in (_stripped(alone), _stripped(among))
 
 
-def parameter(
-    name: str, value: Any, shape: tuple[int, ...], axes: Axes, dtype: np.dtype[Any]
-) -> tuple[Array | None, Array | None]:
+def parameter(name: str, value: Any, x: Array, axes: Axes, dtype: np.dtype[Any]) -> tuple[Array | None, Array | None]:
     """(as given, as the kernels want it: 1-D, contiguous, of `dtype`, in index order), or (None, None).
 
-    Raises ValueError where the shape does not fit the axes, TypeError for complex and other dtypes.
+    Raises ValueError where the shape does not fit these axes of x, TypeError for complex and other dtypes.
     """
     if value is None:
         return None, None
     given = as_array(name, value)
-    if not fits_axes(given.shape, shape, axes):
-        alone = tuple(shape[axis] for axis in axes)
+    if not fits_axes(given.shape, x.shape, axes):
+        alone = tuple(x.shape[axis] for axis in axes)
         raise ValueError(
             f"{name}: expected {math.prod(alone)} elements of shape {alone} (or one that broadcasts to it "
-            f"over {shape}), got shape {given.shape}"
+            f"over {x.shape}), got shape {given.shape}"
         )
     storage_dtype(name, given)
-    if given.dtype is dtype and given.ndim == 1 and given.flags.c_contiguous and given.flags.aligned:
-        return given, given
-    return given, np.require(given, dtype, ("C", "A")).reshape(-1)
+    return given, _arrays.flat(given, dtype)
 
 
 def gradient(total: Array | None, parameter: Array | None) -> Array | None:

@@ -23,12 +23,12 @@ from fastnorm.ops._arguments import Cache
 def _closed_form(dout: Any, cache: Cache, op: str) -> tuple[Array, Array | None, Array | None]:
     cache = _arguments.checked_cache(cache, op)
     x, params = _arguments.cached_x(cache), cache.axes
-    dout = _arguments.checked_dout(dout, x.shape)
+    dout = _arguments.checked_dout(dout, x)
     others = tuple(axis for axis in range(x.ndim) if axis not in params)
     stats = others if op == "batchnorm" else params
     storage = _layout.storage_dtype("x", x)
     dtype = _layout.accumulation_dtype(_layout.common_storage(storage, _layout.storage_dtype("dout", dout)))
-    _, scale = _layout.parameter("gamma", cache.gamma, x.shape, params, dtype)
+    _, scale = _layout.parameter("gamma", cache.gamma, x, params, dtype)
 
     dout = dout.astype(dtype, copy=False)
     rstd = _rstd(cache, x.shape, stats)

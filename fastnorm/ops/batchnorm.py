@@ -23,9 +23,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from fastnorm import _layout
+from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels
 from fastnorm._layout import Array
 from fastnorm._memory import empty_like
@@ -70,25 +68,27 @@ def batchnorm_forward(
     ):  # fmt: skip
         outer, channels, axes = x.shape[0], x.shape[1], (1,)
         inner = x.size // (outer * channels)
-        options = _arguments.batchnorm_options(bn_param, channels)
+        options = _arguments.batchnorm_options(bn_param, x, channels)
         accumulation = _layout.accumulation_dtype(x.dtype)
         source, scale, shift = x, gamma, beta
         out = work = empty_like(x) if out is None else out
         in_place = False
     else:
         x, axes, channels = _arguments.batchnorm_x(x, axis)
-        options = _arguments.batchnorm_options(bn_param, channels)
+        options = _arguments.batchnorm_options(bn_param, x, channels)
         dtype = _layout.storage_dtype("x", x)
         accumulation = _layout.accumulation_dtype(dtype)
-        gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
-        beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
+        gamma, scale = _layout.parameter("gamma", gamma, x, axes, accumulation)
+        beta, shift = _layout.parameter("beta", beta, x, axes, accumulation)
         if out is not None:
             running = {"running_mean": options.running_mean, "running_var": options.running_var}
             others = {"x": x, "gamma": gamma, "beta": beta, **running}
-            out = _layout.checked_out(out, x.shape, dtype, others, may_be=x if options.frozen else None)
+            out = _layout.checked_out(out, x, dtype, others, may_be=x if options.frozen else None)
         if x.size == 0:
-            result = empty_like(x, dtype) if out is None else out
-            mean, var = _arguments.constants(options) if options.frozen else (np.zeros(channels), np.zeros(channels))
+            result = _arrays.empty_like(x, dtype) if out is None else out
+            mean = var = _arrays.zeros(channels, x)
+            if options.frozen:
+                mean, var = _arguments.constants(options)
             return result, Cache("batchnorm", x, gamma, beta, mean, var, options.eps, axes, options.frozen)
         in_place = out is not None and _layout.same_elements(out, x)
         view, (source,), work, out = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
@@ -98,7 +98,7 @@ def batchnorm_forward(
         mean, var = _arguments.constants(options)
         table.channel_apply(source, outer, channels, inner, mean, var, options.eps, scale, shift, work)
     else:
-        mean, var = np.empty(channels), np.empty(channels)
+        mean, var = _arrays.pair(channels, x)
         table.channel_forward(source, outer, channels, inner, scale, shift, options.eps, work, mean, var)
         if bn_param is not None:
             _arguments.store_running(bn_param, options, mean, var, accumulation)
@@ -141,25 +141,25 @@ def batchnorm_backward(
         grad, source, scale = dout, x, gamma
         out = work = empty_like(x) if out is None else out
     else:
-        dout = _arguments.checked_dout(dout, x.shape)
+        dout = _arguments.checked_dout(dout, x)
         x_dtype = _layout.storage_dtype("x", x)
         dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
-        _, scale = _layout.parameter("gamma", gamma, x.shape, cache.axes, _layout.accumulation_dtype(dtype))
+        _, scale = _layout.parameter("gamma", gamma, x, cache.axes, _layout.accumulation_dtype(dtype))
         if out is not None:
-            out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
+            out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
         if x.size == 0:
-            zeros = np.zeros(channels)
-            dx = empty_like(x, x_dtype) if out is None else out
+            zeros = _arrays.zeros(channels, x)
+            dx = _arrays.empty_like(x, x_dtype) if out is None else out
             return dx, _layout.gradient(zeros, gamma), _layout.gradient(zeros, beta)
         view, (grad, source), work, out = _layout.buffers(
             (dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes
         )
         outer, _, inner = view.sizes
 
-    sum_dout, sum_dout_xhat = np.empty(channels), np.empty(channels)
+    sum_dout, sum_dout_xhat = _arrays.pair(channels, x)
     if cache.frozen:
         table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
-        table.channel_apply(grad, outer, channels, inner, np.zeros(channels), var, eps, scale, None, work)
+        table.channel_apply(grad, outer, channels, inner, _arrays.zeros(channels, x), var, eps, scale, None, work)
     else:
         table.channel_backward(
             grad, source, outer, channels, inner, mean, var, eps, scale, work, sum_dout, sum_dout_xhat
@@ -178,12 +178,12 @@ def batchnorm_backward_reduce(
     """
     table = kernels(backend)
     x, axes, channels = _arguments.batchnorm_x(x, axis)
-    dout = _arguments.checked_dout(dout, x.shape)
+    dout = _arguments.checked_dout(dout, x)
     dtype = _layout.common_storage(_layout.storage_dtype("x", x), _layout.storage_dtype("dout", dout))
-    mean = _arguments.per_channel("mean", mean, channels)
-    var = _arguments.per_channel("var", var, channels)
+    mean = _arguments.per_channel("mean", mean, x, channels)
+    var = _arguments.per_channel("var", var, x, channels)
     eps = _arguments.checked_eps(eps)
-    sum_dout, sum_dout_xhat = np.zeros(channels), np.zeros(channels)
+    sum_dout, sum_dout_xhat = _arrays.zeros(channels, x), _arrays.zeros(channels, x)
     if x.size:
         view, (grad, source) = _layout.readable((dout, x), dtype, _layout.channel_view, axes)
         outer, _, inner = view.sizes
@@ -202,20 +202,20 @@ def batchnorm_backward_apply(
     """
     table = kernels(backend)
     x, axes, channels = _arguments.batchnorm_x(x, axis)
-    dout = _arguments.checked_dout(dout, x.shape)
+    dout = _arguments.checked_dout(dout, x)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
-    mean = _arguments.per_channel("mean", mean, channels)
-    var = _arguments.per_channel("var", var, channels)
-    sum_dout = _arguments.per_channel("sum_dout", sum_dout, channels)
-    sum_dout_xhat = _arguments.per_channel("sum_dout_xhat", sum_dout_xhat, channels)
+    mean = _arguments.per_channel("mean", mean, x, channels)
+    var = _arguments.per_channel("var", var, x, channels)
+    sum_dout = _arguments.per_channel("sum_dout", sum_dout, x, channels)
+    sum_dout_xhat = _arguments.per_channel("sum_dout_xhat", sum_dout_xhat, x, channels)
     count = _arguments.checked_count(count)
     eps = _arguments.checked_eps(eps)
-    gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, _layout.accumulation_dtype(dtype))
+    gamma, scale = _layout.parameter("gamma", gamma, x, axes, _layout.accumulation_dtype(dtype))
     if out is not None:
-        out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
+        out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
     if x.size == 0:
-        return empty_like(x, x_dtype) if out is None else out
+        return _arrays.empty_like(x, x_dtype) if out is None else out
     plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, axes)
     grad, source = plan.inputs
     outer, _, inner = plan.view.sizes

@@ -22,9 +22,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from fastnorm import _layout
+from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels
 from fastnorm._layout import Array
 from fastnorm._memory import empty_like
@@ -66,7 +64,7 @@ def layernorm_forward(
         cols = x.shape[-1]
         rows = x.size // cols
         out = empty_like(x) if out is None else out
-        mean, var = np.empty(rows), np.empty(rows)
+        mean, var = _arrays.pair(rows, x)
         table.row_forward(x, rows, cols, gamma, beta, eps, out, mean, var)
         return out, Cache("layernorm", x, gamma, beta, mean, var, eps, (x.ndim - 1,), False)
 
@@ -74,14 +72,14 @@ def layernorm_forward(
     first = axes[0]
     dtype = _layout.storage_dtype("x", x)
     accumulation = _layout.accumulation_dtype(dtype)
-    gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
-    beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
+    gamma, scale = _layout.parameter("gamma", gamma, x, axes, accumulation)
+    beta, shift = _layout.parameter("beta", beta, x, axes, accumulation)
     if out is not None:
-        out = _layout.checked_out(out, x.shape, dtype, {"x": x, "gamma": gamma, "beta": beta})
+        out = _layout.checked_out(out, x, dtype, {"x": x, "gamma": gamma, "beta": beta})
 
     if x.size == 0:
-        result = empty_like(x, dtype) if out is None else out
-        zeros = np.zeros(math.prod(x.shape[:first]))
+        result = _arrays.empty_like(x, dtype) if out is None else out
+        zeros = _arrays.zeros(math.prod(x.shape[:first]), x)
         return result, Cache("layernorm", x, gamma, beta, zeros, zeros, eps, axes, False)
 
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.row_view, axes)
@@ -90,7 +88,7 @@ def layernorm_forward(
     shift = _layout.to_memory(shift, view.params, lengths)
     (source,) = plan.inputs
     rows, cols = view.sizes
-    mean, var = np.empty(rows), np.empty(rows)
+    mean, var = _arrays.pair(rows, x)
     table.row_forward(source, rows, cols, scale, shift, eps, plan.work, mean, var)
     mean = _layout.to_index(mean, view.stats, x.shape[:first])
     var = _layout.to_index(var, view.stats, x.shape[:first])
@@ -130,22 +128,22 @@ def layernorm_backward(
     ):  # fmt: skip
         rows, cols = mean.size, x.shape[-1]
         dx = empty_like(x) if out is None else out
-        sum_dout, sum_dout_xhat = (np.empty(cols), np.empty(cols)) if wanted else (None, None)
+        sum_dout, sum_dout_xhat = _arrays.pair(cols, x) if wanted else (None, None)
         table.row_backward(dout, x, rows, cols, mean, var, cache.eps, gamma, dx, sum_dout_xhat, sum_dout)
         return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
 
-    dout = _arguments.checked_dout(dout, x.shape)
+    dout = _arguments.checked_dout(dout, x)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
-    _, scale = _layout.parameter("gamma", gamma, x.shape, axes, _layout.accumulation_dtype(dtype))
+    _, scale = _layout.parameter("gamma", gamma, x, axes, _layout.accumulation_dtype(dtype))
     if out is not None:
-        out = _layout.checked_out(out, x.shape, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
+        out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
 
     first = axes[0]
     if x.size == 0:
         cols = math.prod(x.shape[first:])
-        sum_dout = sum_dout_xhat = np.zeros(cols)
-        dx = empty_like(x, x_dtype) if out is None else out
+        sum_dout = sum_dout_xhat = _arrays.zeros(cols, x)
+        dx = _arrays.empty_like(x, x_dtype) if out is None else out
     else:
         plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.row_view, axes)
         view, lengths = plan.view, x.shape[first:]
@@ -154,7 +152,7 @@ def layernorm_backward(
         scale = _layout.to_memory(scale, view.params, lengths)
         grad, source = plan.inputs
         rows, cols = view.sizes
-        sum_dout, sum_dout_xhat = (np.empty(cols), np.empty(cols)) if wanted else (None, None)
+        sum_dout, sum_dout_xhat = _arrays.pair(cols, x) if wanted else (None, None)
         table.row_backward(grad, source, rows, cols, mean, var, cache.eps, scale, plan.work, sum_dout_xhat, sum_dout)
         sum_dout = _layout.to_index(sum_dout, view.params, lengths)
         sum_dout_xhat = _layout.to_index(sum_dout_xhat, view.params, lengths)

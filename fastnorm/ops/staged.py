@@ -67,8 +67,8 @@ def _forward(
     """(y, cache, mu, var); mu and var are `constants` where given, else those of x."""
     storage = _layout.storage_dtype("x", x)
     dtype = _layout.accumulation_dtype(storage)
-    gamma, scale = _layout.parameter("gamma", gamma, x.shape, params, dtype)
-    beta, shift = _layout.parameter("beta", beta, x.shape, params, dtype)
+    gamma, scale = _layout.parameter("gamma", gamma, x, params, dtype)
+    beta, shift = _layout.parameter("beta", beta, x, params, dtype)
     scale, shift = (v if v is None else v.reshape(_kept_shape(x.shape, params)) for v in (scale, shift))
     x = x.astype(dtype, copy=False)
     n = dtype.type(max(1, math.prod(x.shape[axis] for axis in stats)))  # sums over nothing are 0, not 0/0
@@ -107,7 +107,7 @@ def _backward(dout: Any, cache: Any, op: str) -> tuple[Array, Array | None, Arra
         raise ValueError(f"cache: expected one of {op}_forward_staged, got one of {cache.op}_forward_staged")
     x_minus_mu, sqrt_var_invert, x_norm = cache.x_minus_mu, cache.sqrt_var_invert, cache.x_norm
     stats, shape, dtype = cache.stats, x_norm.shape, x_norm.dtype
-    dout = _arguments.checked_dout(dout, shape).astype(dtype, copy=False)
+    dout = _arguments.checked_dout(dout, x_norm).astype(dtype, copy=False)
     n = dtype.type(max(1, math.prod(shape[axis] for axis in stats)))
     samples = _others(x_norm.ndim, cache.params)  # the axes along which gamma and beta were broadcast
 
@@ -154,7 +154,7 @@ def batchnorm_forward_staged(
     with the conversions. Arguments, updates of bn_param and errors as in `batchnorm_forward`.
     """
     x, params, channels = _arguments.batchnorm_x(x, axis)
-    options = _arguments.batchnorm_options(bn_param, channels)
+    options = _arguments.batchnorm_options(bn_param, x, channels)
     dtype = _layout.accumulation_dtype(_layout.storage_dtype("x", x))
     constants = None
     if options.frozen:

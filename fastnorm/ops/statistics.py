@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnorm import _layout
+from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels
 from fastnorm._layout import Array, Axes
-from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
 
 
@@ -78,7 +77,7 @@ def moments(
     reduced = _reduced_axes(axis, x.ndim)
     kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
     lengths = tuple(x.shape[axis] for axis in kept)
-    mean, var = np.zeros(math.prod(lengths)), np.zeros(math.prod(lengths))
+    mean, var = (_arrays.zeros(math.prod(lengths), x) for _ in range(2))
     if x.size:
         view, (source,) = _layout.readable((x,), dtype, _layout.channel_view, kept)
         outer, channels, inner = view.sizes
@@ -114,19 +113,19 @@ def normalize(
     if len(padded) != x.ndim or any(n not in (1, length) for n, length in zip(padded, x.shape, strict=True)):
         raise ValueError(f"mean: expected a shape that broadcasts to {x.shape}, got {mean.shape}")
     axes = tuple(axis for axis, n in enumerate(padded) if n != 1)
-    _, centre = _layout.parameter("mean", mean, x.shape, axes, _layout.FLOAT64)
-    _, spread = _layout.parameter("var", var, x.shape, axes, _layout.FLOAT64)
+    _, centre = _layout.parameter("mean", mean, x, axes, _layout.FLOAT64)
+    _, spread = _layout.parameter("var", var, x, axes, _layout.FLOAT64)
     if centre is None or spread is None:
         raise TypeError("var: expected an array like mean, got None")
     accumulation = _layout.accumulation_dtype(dtype)
-    gamma, scale = _layout.parameter("gamma", gamma, x.shape, axes, accumulation)
-    beta, shift = _layout.parameter("beta", beta, x.shape, axes, accumulation)
+    gamma, scale = _layout.parameter("gamma", gamma, x, axes, accumulation)
+    beta, shift = _layout.parameter("beta", beta, x, axes, accumulation)
     eps = _arguments.checked_eps(eps)
     if out is not None:
         others = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
-        out = _layout.checked_out(out, x.shape, dtype, others, may_be=x)
+        out = _layout.checked_out(out, x, dtype, others, may_be=x)
     if x.size == 0:
-        return empty_like(x, dtype) if out is None else out
+        return _arrays.empty_like(x, dtype) if out is None else out
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
     view = plan.view
     lengths = tuple(x.shape[axis] for axis in axes)
