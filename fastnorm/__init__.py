@@ -14,6 +14,7 @@ from fastnorm.ops.batchnorm import (
     spatial_batchnorm_backward,
     spatial_batchnorm_forward,
 )
+from fastnorm.ops.dropout import dropout_backward, dropout_forward
 from fastnorm.ops.layernorm import layernorm_backward, layernorm_forward
 from fastnorm.ops.staged import (
     batchnorm_backward_staged,
@@ -40,6 +41,8 @@ __all__ = [
     "batchnorm_forward",
     "batchnorm_forward_staged",
     "clear_output_pool",
+    "dropout_backward",
+    "dropout_forward",
     "get_num_threads",
     "layernorm_backward",
     "layernorm_backward_alt",

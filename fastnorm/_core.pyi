@@ -39,6 +39,7 @@ def row_backward(
     mean: _Array, var: _Array, eps: float, gamma: _Array | None,
     dx: _Array, dgamma: _Array | None, dbeta: _Array | None, /,
 ) -> None: ...  # fmt: skip
+def dropout(x: _Array, n: int, first: int, seed: int, threshold: int, scale: float, y: _Array, /) -> None: ...
 def plan_channels(
     outer: int, channels: int, inner: int, itemsize: int, arrays: int, threads: int, /
 ) -> dict[str, Any]: ...

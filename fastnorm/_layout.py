@@ -10,7 +10,7 @@ output where it can serve as the buffer, since every kernel may run in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -292,11 +292,43 @@ def deliver(work: Array, out: Array) -> Array:
     return out
 
 
+# ---- index order ----------------------------------------------------------------------------------
+
+PIECE = 1 << 16
+"""Elements of a piece at most: its buffer stays in a core's cache."""
+
+
+def in_index_order(array: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether a kernel of this dtype finds the array's elements in C order in its memory, as they are."""
+    return array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """(number of the first element in C order, index) of pieces of at most PIECE elements that make up an array.
+
+    The index gives a view, also of an array without axes.
+    """
+    split, inner = len(shape), 1  # the axes from `split` on fit a piece together, that before them is cut
+    while split and inner * shape[split - 1] <= PIECE:
+        split -= 1
+        inner *= shape[split]
+    if not split:
+        if inner:
+            yield 0, (...,)
+        return
+    step, length = max(1, PIECE // inner), shape[split - 1]
+    for number, outer in enumerate(np.ndindex(shape[: split - 1])):
+        for start in range(0, length, step):
+            yield (number * length + start) * inner, (*outer, slice(start, start + step), ...)
+
+
 # ---- the caller's out -----------------------------------------------------------------------------
 
 
 def _overlaps_itself(array: Array) -> bool:
     """Whether two elements may share memory: some axis does not step over all that lies inside it."""
+    if array.size == 0:  # NumPy may give it strides of 0
+        return False
     extent = array.itemsize
     for stride, n in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
         if stride < extent:

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -138,6 +139,17 @@ void register_row(py::module_& m) {
   });
 }
 
+void register_dropout(py::module_& m) {
+  m.def("dropout", [](Array x, size_t n, std::uint64_t first, std::uint64_t seed, std::uint64_t threshold, double scale,
+                      py::array y) {
+    const DType d = dtype_of(x);
+    const void* from = x.data();
+    void* to = y.mutable_data();
+    const py::gil_scoped_release release;
+    fastnorm::kernels().dropout(d, from, n, first, seed, threshold, scale, to);
+  });
+}
+
 // Floats of equally large arrays, for the memory roof.
 size_t common_floats(Array a, Array b) {
   if (a.nbytes() != b.nbytes() || a.nbytes() % static_cast<py::ssize_t>(sizeof(float)) != 0)
@@ -233,6 +245,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   }
   register_channel(m);
   register_row(m);
+  register_dropout(m);
   register_plan(m);
   register_machine(m);
   register_memory(m);

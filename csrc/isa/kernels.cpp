@@ -1,4 +1,5 @@
 // One instruction set level: compiled once per level with FASTNORM_LEVEL naming its namespace.
+#include "fastnorm/dropout.hpp"
 #include "fastnorm/row.hpp"
 
 namespace fastnorm::FASTNORM_LEVEL {
@@ -88,6 +89,9 @@ const Kernels table = {
       with_type(d, [&](auto t) {
         Row<decltype(t)>::backward(in(dy, t), in(x, t), s, mean, var, eps, gamma, to(dx, t), dgamma, dbeta);
       });
+    },
+    [](DType d, const void* x, size_t n, uint64_t first, uint64_t seed, uint64_t threshold, double scale, void* y) {
+      with_type(d, [&](auto t) { Dropout<decltype(t)>::run(in(x, t), n, first, seed, threshold, scale, to(y, t)); });
     },
     [](const float* src, size_t n) {
       parallel_for((n + kRoofPiece - 1) / kRoofPiece, [&](size_t piece, int) {

@@ -100,5 +100,13 @@ class KernelTable(Protocol):
         both None where neither is wanted.
         """
 
+    def dropout(self, x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:
+        """y[i] = x[i]*scale where word < threshold, else +0, whatever x[i] is; word is number first + i of the words
+        of Philox-4x32-10 with the key `seed`: word index % 4 of the block whose 64-bit counter is index // 4.
+
+        0 <= seed < 2^64; 0 <= threshold <= 2^32. scale is rounded to the accumulation dtype, in which the product is
+        computed, so that the bits are the same on every backend. n elements, the first of which is number `first`.
+        """
+
     def set_num_threads(self, count: int) -> None:
         """Use at most this many threads from now on."""

@@ -21,4 +21,5 @@ channel_backward_apply = _core.channel_backward_apply
 channel_backward = _core.channel_backward
 row_forward = _core.row_forward
 row_backward = _core.row_backward
+dropout = _core.dropout
 set_num_threads = _core.set_num_threads

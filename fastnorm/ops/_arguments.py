@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ RUNNING = (FLOAT32, FLOAT64)
 """The dtypes of running statistics that fastnorm makes itself."""
 BN_KEYS = frozenset({"mode", "eps", "momentum", "running_mean", "running_var"})
 LN_KEYS = frozenset({"mode", "eps"})
+DROPOUT_KEYS = frozenset({"p", "mode", "seed", "scale"})
+WORDS = 1 << 32
+"""How many values a random word of dropout can have."""
 
 
 class Cache(NamedTuple):
@@ -234,3 +238,46 @@ def layernorm_x(x: Any, axis: int) -> tuple[Array, Axes]:
 def layernorm_eps(ln_param: Any) -> float:
     """The one option of layernorm."""
     return checked_eps(checked_param("ln_param", ln_param, LN_KEYS).get("eps", 1e-5))
+
+
+# ---- dropout --------------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """A `dropout_param`, read and checked: how the mask is drawn, as the kernels want it."""
+
+    seed: int
+    threshold: int
+    """Elements whose 32-bit word is below it are kept, from 0, none, to 2**32, all."""
+    scale: float
+    """The factor of those."""
+
+
+def dropout_draw(dropout_param: Any) -> Draw:
+    """The options of dropout; the seed is drawn here where none is given."""
+    param = checked_param("dropout_param", dropout_param, DROPOUT_KEYS)
+    p, mode, scale, seed = param.get("p"), param.get("mode", "train"), param.get("scale", "inverted"), param.get("seed")
+    if p is None:
+        raise ValueError("dropout_param['p']: expected the probability of keeping an element, got none")
+    p = p if type(p) is float else _number("dropout_param['p']", p)
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"dropout_param['p']: expected a probability of keeping, above 0 and at most 1, got {p}")
+    if not isinstance(mode, str) or mode not in ("train", "test"):
+        raise ValueError(f"dropout_param['mode']: expected 'train' or 'test', got {mode!r}")
+    if not isinstance(scale, str) or scale not in ("inverted", "none"):
+        raise ValueError(f"dropout_param['scale']: expected 'inverted' or 'none', got {scale!r}")
+    seed = None if seed is None else _checked_seed(seed)
+    if mode == "test":
+        return Draw(0, WORDS, 1.0 if scale == "inverted" else p)
+    if seed is None:
+        seed = int.from_bytes(os.urandom(8), "little")  # not from a generator that a fork or its user repeats
+    return Draw(seed, round(p * WORDS), 1.0 / p if scale == "inverted" else 1.0)
+
+
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"dropout_param['seed']: expected a whole number, got {seed!r}")
+    number = int(seed.__index__())
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"dropout_param['seed']: expected from 0 to 2**64 - 1, got {number}")
+    return number

@@ -45,6 +45,9 @@ struct Kernels {
                       double* mean, double* var);
   void (*row_backward)(DType, const void* dy, const void* x, RowShape, const double* mean, const double* var,
                        double eps, const void* gamma, void* dx, double* dgamma, double* dbeta);
+  // Words of Philox-4x32-10 below `threshold`, at most 2^32, keep an element; `first` is the index of x[0].
+  void (*dropout)(DType, const void* x, std::size_t n, std::uint64_t first, std::uint64_t seed, std::uint64_t threshold,
+                  double scale, void* y);
   // The memory roof: a sum that is thrown away; dst = src and dst = a + b on floats, with streaming stores.
   void (*stream_read)(const float* src, std::size_t n);
   void (*stream_copy)(const float* src, float* dst, std::size_t n);

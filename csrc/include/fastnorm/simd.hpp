@@ -272,6 +272,7 @@ FASTNORM_INLINE void store_part(T* p, Vector<Acc<T>> v, size_t n) {
 // How an expression reads its operands: whole vectors, or lanes [skip, skip + n) from the address on, the
 // others being `fill`.
 struct Whole {
+  static constexpr size_t skip = 0;
   template <class T>
   FASTNORM_INLINE Vector<Acc<T>> load(const T* p) const {
     return FASTNORM_LEVEL::load(p);

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastnorm.backends import Array, flat
-from fastnorm.backends.numba_cpu import _columns, _plan, _rows, _runs
+from fastnorm.backends.numba_cpu import _columns, _dropout, _plan, _rows, _runs
 from fastnorm.backends.numba_cpu._launch import set_num_threads, threads
 from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE
 
@@ -26,6 +26,7 @@ __all__ = [
     "channel_backward_reduce",
     "channel_forward",
     "channel_moments",
+    "dropout",
     "row_backward",
     "row_forward",
     "set_num_threads",
@@ -245,3 +246,12 @@ def row_backward(
                 launch(WRITE, -(-(last - first) * cols // _runs.PIECE), first, last, last - first, _plan.READ_AHEAD)
     if dgamma is not None:
         launch(FINISH, -(-cols // _rows.STRIP), 0, rows, 1, 0)
+
+
+def dropout(x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:
+    x, y = _storage(x), _storage(y)
+    seed = seed if seed < 1 << 63 else seed - (1 << 64)  # Numba would compile again for what exceeds an int64
+    past_cache = _plan.past_cache(x.nbytes)
+    _dropout.dropout(
+        n, -(-n // _dropout.PIECE), x, y, first, seed, threshold, float(scale), past_cache, _plan.READ_AHEAD
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+// Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, 2011): random numbers as a function of a counter and a key.
+//
+//   scalar:  c = {counter low half, counter high half, 0, 0},  k = {seed low half, seed high half}
+//            ten times:  c = {hi(M1*c[2]) ^ c[1] ^ k[0], lo(M1*c[2]), hi(M0*c[0]) ^ c[3] ^ k[1], lo(M0*c[0])}
+//                        k = {k[0] + W0, k[1] + W1}
+//
+// A vector works on one counter in each 64-bit lane: the four words of a counter are then four vectors, whose upper
+// halves nobody looks at, and a product needs no shuffling before or after. So a round is two products, two shifts and
+// two (AVX-512) or four exclusive ors.
+#pragma once
+
+#include <cstdint>
+
+#include "fastnorm/simd.hpp"
+
+namespace fastnorm::FASTNORM_LEVEL {
+
+using std::uint32_t;
+using std::uint64_t;
+
+class Philox {
+ public:
+  explicit Philox(uint64_t seed) {
+    auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+    for (auto& key : keys_) {
+      key[0] = Wide{} + low;
+      key[1] = Wide{} + high;
+      low += 0x9E3779B9u;
+      high += 0xBB67AE85u;
+    }
+  }
+
+  // Which of 64 words are below the threshold, as bits: those of 16 counters from this one on.
+  FASTNORM_INLINE uint64_t below(uint64_t counter, uint32_t threshold) const {
+    uint64_t bits = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < 16 / kCounters; ++i) {
+      Bits32 first, second;
+      words(counter + static_cast<uint64_t>(i * kCounters), first, second);
+      bits |= lanes_below(first, threshold) << (8 * i * kCounters / 2);
+      bits |= lanes_below(second, threshold) << (8 * i * kCounters / 2 + 2 * kCounters);
+    }
+    return bits;
+  }
+
+ private:
+  typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kCounters = kVectorBytes / sizeof(uint64_t);
+  static constexpr int kRounds = 10;
+
+  // The 64-bit products of the lanes' lower halves.
+  static FASTNORM_INLINE Wide product(Wide a, Wide b) {
+#if FASTNORM_AVX512
+    return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // the plain form warns, as in simd.hpp
+#elif FASTNORM_AVX2
+    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+  }
+
+  static FASTNORM_INLINE uint64_t lanes_below(Bits32 words, uint32_t threshold) {
+#if FASTNORM_AVX512
+    return _mm512_cmplt_epu32_mask((__m512i)words, _mm512_set1_epi32(static_cast<int>(threshold)));
+#elif FASTNORM_AVX2
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(words < threshold)));
+#elif defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps((__m128)(words < threshold)));
+#else
+    uint64_t bits = 0;
+    for (size_t i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint64_t>(words[i] < threshold) << i;
+    return bits;
+#endif
+  }
+
+  // The words of kCounters counters, four of each, in order.
+  FASTNORM_INLINE void words(uint64_t counter, Bits32& first, Bits32& second) const {
+    // Even lanes take the first half of the counters and odd ones the second, so that interleaving the lanes of two
+    // vectors puts words in order.
+    Wide numbers{}, evens{}, odds{};
+    for (int i = 0; i < kCounters; ++i) {
+      numbers[i] = static_cast<uint64_t>(i / 2 + i % 2 * (kCounters / 2));
+      evens[i] = static_cast<uint64_t>(i % 2 == 0 ? i : kCounters + i - 1);
+      odds[i] = static_cast<uint64_t>(i % 2 == 0 ? i + 1 : kCounters + i);
+    }
+    const Wide m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
+    Wide c0 = numbers + counter, c1 = c0 >> 32, c2{}, c3{};
+#pragma GCC unroll 10
+    for (int round = 0; round < kRounds - 1; ++round) {
+      const Wide p0 = product(c0, m0), p1 = product(c2, m1);
+      c0 = (p1 >> 32) ^ c1 ^ keys_[round][0];
+      c2 = (p0 >> 32) ^ c3 ^ keys_[round][1];
+      c1 = p1;
+      c3 = p0;
+    }
+    // The last round leaves words 0 and 1 in one lane, and words 2 and 3: the halves of the products change places.
+    const Wide p0 = product(c0, m0), p1 = product(c2, m1);
+    const Wide w01 = (p1 >> 32 | p1 << 32) ^ (c1 & 0xffffffffu) ^ keys_[kRounds - 1][0];
+    const Wide w23 = (p0 >> 32 | p0 << 32) ^ (c3 & 0xffffffffu) ^ keys_[kRounds - 1][1];
+    first = (Bits32)__builtin_shuffle(w01, w23, evens);
+    second = (Bits32)__builtin_shuffle(w01, w23, odds);
+  }
+
+  Wide keys_[kRounds][2];
+};
+
+}  // namespace fastnorm::FASTNORM_LEVEL

@@ -1,0 +1,148 @@
+"""Dropout: y[i] = x[i]*scale where word first + i of Philox-4x32-10 is below the threshold, else 0.
+
+    counter = {index // 4 low half, high half, 0, 0}, key = {seed low half, high half}; word index % 4 of the result
+    ten times:  c = {hi(M1*c[2]) ^ c[1] ^ k[0], lo(M1*c[2]), hi(M0*c[0]) ^ c[3] ^ k[1], lo(M0*c[0])}
+                k = {k[0] + W0, k[1] + W1}
+
+Words are drawn for 64 elements at a time, whose fates are then the bits of one number: drawing is work for the
+processor and writing is work for the memory, and small steps let the two overlap.
+"""
+
+# mypy: ignore-errors
+# Numba infers and checks the types of kernels; its stubs do not know that an intrinsic is called without its context.
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._scalars import least
+from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._vectors import (
+    begun,
+    fence,
+    lanes,
+    load,
+    load_part,
+    prefetch,
+    spread,
+    store,
+    store_part,
+)
+
+PIECE = 1 << 14
+"""Elements of a task."""
+DRAWN = 64
+"""Elements whose words are drawn together."""
+
+I32, WORD = ir.IntType(32), ir.IntType(64)
+ROUNDS = 10
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
+COUNTERS = ir.VectorType(WORD, DRAWN // 4)
+"""A counter in each 64-bit lane: a word is the lower half, so that a product of words needs no shuffling."""
+
+
+def _all(value: int) -> ir.Constant:
+    return ir.Constant(COUNTERS, [value] * COUNTERS.count)
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(ir.Constant(COUNTERS, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, COUNTERS.count), None))
+
+
+@intrinsic
+def drawn(typing: Any, group: Any, seed: Any, threshold: Any) -> Any:
+    """Which elements of group*DRAWN + (0, 1, ...) are kept, as bits: those whose word is below the threshold."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        group, seed, threshold = arguments
+        low, half = _all(0xFFFFFFFF), _all(32)
+        first = builder.mul(group, WORD(COUNTERS.count))
+        c0 = builder.add(_spread(builder, first), ir.Constant(COUNTERS, list(range(COUNTERS.count))))
+        c1, c2, c3 = builder.lshr(c0, half), _all(0), _all(0)
+        k0, k1 = builder.trunc(seed, I32), builder.trunc(builder.lshr(seed, WORD(32)), I32)
+        for _ in range(ROUNDS):
+            even, odd = builder.mul(builder.and_(c0, low), _all(M0)), builder.mul(builder.and_(c2, low), _all(M1))
+            c0 = builder.xor(builder.xor(builder.lshr(odd, half), c1), _spread(builder, builder.zext(k0, WORD)))
+            c2 = builder.xor(builder.xor(builder.lshr(even, half), c3), _spread(builder, builder.zext(k1, WORD)))
+            c1, c3 = builder.and_(odd, low), builder.and_(even, low)
+            k0, k1 = builder.add(k0, I32(W0)), builder.add(k1, I32(W1))
+        # Two words in a lane, then the lanes of both in turns: the words in order.
+        pairs = builder.or_(c0, builder.shl(c1, half)), builder.or_(c2, builder.shl(c3, half))
+        turns = [lane for counter in range(COUNTERS.count) for lane in (counter, COUNTERS.count + counter)]
+        in_order = builder.shuffle_vector(*pairs, ir.Constant(ir.VectorType(I32, len(turns)), turns))
+        words = builder.bitcast(in_order, ir.VectorType(I32, DRAWN))
+        limit = builder.insert_element(ir.Constant(words.type, ir.Undefined), builder.trunc(threshold, I32), I32(0))
+        limit = builder.shuffle_vector(limit, limit, ir.Constant(words.type, None))
+        below = builder.bitcast(builder.icmp_unsigned("<", words, limit), WORD)
+        return builder.or_(below, builder.neg(builder.lshr(threshold, WORD(32))))  # 2^32 is above all words
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def bits_from(typing: Any, bits: Any, following: Any, skip: Any) -> Any:
+    """64 bits from bit `skip` of `bits` on, the last of them from `following`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, following, skip = arguments
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(WORD, [WORD, WORD, WORD]), "llvm.fshr.i64"
+        )
+        return builder.call(function, [following, bits, skip])
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def kept(typing: Any, bits: Any, first: Any, vector: Any) -> Any:
+    """The lanes of a vector whose bits, from bit `first` on, are set; 0 in the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, first, numbers = arguments
+        some = builder.trunc(builder.lshr(bits, first), ir.IntType(vector.lanes))
+        mask = builder.bitcast(some, ir.VectorType(ir.IntType(1), vector.lanes))
+        return builder.select(mask, numbers, ir.Constant(numbers.type, None))
+
+    return vector(types.int64, types.int64, vector), generate
+
+
+@compiled
+def _write(x, y, at, end, first, seed, threshold, scale, past_cache, ahead):
+    """Elements at..end of the output: whole lines, and what comes before and after."""
+    step, factor, zero = lanes(y), spread(y, scale), spread(y, 0.0)
+    broken = (begun(y) + at) % step if past_cache else 0
+    bits = drawn((first + at) // DRAWN, seed, threshold)
+    while at < end:
+        count = least(DRAWN if broken == 0 else step - broken, end - at)
+        skip = (first + at) % DRAWN
+        following = bits
+        if skip + count >= DRAWN:
+            following = drawn((first + at) // DRAWN + 1, seed, threshold)
+        fates = bits_from(bits, following, skip)
+        whole = count // step * step
+        for i in range(0, whole, step):
+            prefetch(x, at + i + ahead)
+            store(y, at + i, kept(fates, i, load(x, at + i) * factor), past_cache)
+        if whole < count:
+            some = load_part(x, at + whole, 0, count - whole, zero) * factor
+            store_part(y, at + whole, kept(fates, whole, some), 0, count - whole)
+        bits, at, broken = following, at + count, 0
+
+
+@Kernel
+def dropout(launcher, begin, end, x, y, first, seed, threshold, scale, past_cache, ahead):
+    if launcher:
+        hand_out(launcher, begin, end)
+        return
+    for task in range(begin, end):
+        upto = least((task + 1) * PIECE, x.size)
+        _write(x, y, task * PIECE, upto, first, seed, threshold, scale, past_cache, ahead)
+    fence()
