@@ -427,13 +427,16 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
 # Whether a call is of the common kind, in one look of 0.2 us: x exactly an ndarray, C-contiguous, aligned,
 # native float16, float32 or float64, not empty; gamma and beta None or of the accumulation dtype and shape
 # (x.shape[axis],); for a backward also dout as x, of its dtype and shape; the caller's out likewise, writable, and
-# sharing no byte with the inputs. Nothing then needs converting or packing. Everything else, errors included, is
-# worked out by the functions above, as is everything where the extension is missing.
+# sharing no byte with the inputs. Nothing then needs converting or packing. `plain_channels` also takes channels that
+# lie last in memory, and gives the sizes of the channel view. Everything else, errors included, is worked out by the
+# functions above, as is everything where the extension is missing.
 plain: Callable[[Any, Any, Any, int], bool]
 plain_backward: Callable[[Any, Any, Any, Any, int], bool]
+plain_channels: Callable[[Any, Any, Any, int], tuple[int, int, int] | None]
+plain_channels_backward: Callable[[Any, Any, Any, Any, int], tuple[int, int, int] | None]
 plain_out: Callable[..., bool]
 try:
-    from fastnorm._core import plain, plain_backward, plain_out
+    from fastnorm._core import plain, plain_backward, plain_channels, plain_channels_backward, plain_out
 except ImportError:
 
     def plain(x: Any, gamma: Any, beta: Any, axis: int, /) -> bool:
@@ -441,6 +444,12 @@ except ImportError:
 
     def plain_backward(dout: Any, x: Any, gamma: Any, beta: Any, axis: int, /) -> bool:
         return False
+
+    def plain_channels(x: Any, gamma: Any, beta: Any, axis: int, /) -> tuple[int, int, int] | None:
+        return None
+
+    def plain_channels_backward(dout: Any, x: Any, gamma: Any, beta: Any, axis: int, /) -> tuple[int, int, int] | None:
+        return None
 
     def plain_out(out: Any, x: Any, /, *others: Any) -> bool:
         return False

@@ -17,48 +17,77 @@ class Named(np.ndarray):
     pass
 
 
-def arrays(shape, dtype, axis):
+def arrays(shape, dtype, axis, memory=None):
+    """x, dout, gamma, beta, the first two with their axes in this order in memory."""
     rng = np.random.default_rng(0)
-    x, dout = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    order = range(len(shape)) if memory is None else memory
+    x, dout = (
+        rng.standard_normal([shape[axis] for axis in order]).astype(dtype).transpose(np.argsort(order)) for _ in "xd"
+    )
     parameters = np.float64 if dtype == "float64" else np.float32
     return x, dout, rng.standard_normal(shape[axis]).astype(parameters), np.ones(shape[axis], parameters)
 
 
+SHORT_WAYS = ("plain", "plain_channels", "plain_backward", "plain_channels_backward")
+
+
 @pytest.fixture
 def taken(monkeypatch):
-    """Which answers `plain_backward` gave."""
+    """Whether each look at a call's arrays found the common case."""
     answers = []
-    real = _layout.plain_backward
 
-    def noting(*arguments):
-        answers.append(real(*arguments))
-        return answers[-1]
+    def noting(real):
+        def look(*arguments):
+            answer = real(*arguments)
+            answers.append(bool(answer))
+            return answer
 
-    monkeypatch.setattr(_layout, "plain_backward", noting)
+        return look
+
+    for name in SHORT_WAYS:
+        monkeypatch.setattr(_layout, name, noting(getattr(_layout, name)))
     return answers
+
+
+NHWC = (0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("given", ["both", "gamma", "beta", "none"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(4, 8), (33, 70), (3, 5, 7, 9)], ids=str)
-@pytest.mark.parametrize("op", ["batchnorm", "batchnorm/test", "layernorm"])
-def test_both_ways_of_a_backward_give_equal_bits(op, shape, dtype, given, taken, backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "shape", "axis", "memory"),
+    [
+        *((op, shape, 1, None) for op in ("batchnorm", "batchnorm/test") for shape in ((4, 8), (33, 70), (3, 5, 7, 9))),
+        ("batchnorm", (3, 5, 7, 9), 1, NHWC),
+        ("batchnorm/test", (3, 5, 7, 9), 1, NHWC),
+        ("batchnorm", (3, 7, 9, 5), -1, None),
+        ("batchnorm", (3, 5, 4, 7, 9), 1, (0, 2, 3, 4, 1)),
+        *(("layernorm", shape, -1, None) for shape in ((4, 8), (33, 70), (3, 5, 7, 9))),
+    ],
+    ids=str,
+)
+def test_both_ways_give_equal_bits(op, shape, axis, memory, dtype, given, taken, backend, monkeypatch):
     op, _, mode = op.partition("/")
-    x, dout, gamma, beta = arrays(shape, dtype, 1 if op == "batchnorm" else -1)
+    x, dout, gamma, beta = arrays(shape, dtype, axis, memory)
     gamma, beta = gamma if given in ("both", "gamma") else None, beta if given in ("both", "beta") else None
     param = {}
     if mode:
-        param = {"mode": mode, "running_mean": np.full(shape[1], 0.5), "running_var": np.full(shape[1], 2.0)}
+        param = {"mode": mode, "running_mean": np.full(shape[axis], 0.5), "running_var": np.full(shape[axis], 2.0)}
     forward, backward = getattr(fastnorm, f"{op}_forward"), getattr(fastnorm, f"{op}_backward")
-    _, cache = forward(x, gamma, beta, param, backend=backend)
-    short = backward(dout, cache, backend=backend)
+
+    def run(out=None):
+        y, cache = forward(x, gamma, beta, dict(param), axis=axis, out=out, backend=backend)
+        y = y.copy(order="K")
+        return y, *backward(dout, cache, out=out, backend=backend)
+
+    short = run()
     out = np.empty_like(x)
-    assert backward(dout, cache, out=out, backend=backend)[0] is out
-    assert out.tobytes() == short[0].tobytes()
-    assert taken == [True, True]
-    monkeypatch.setattr(_layout, "plain_backward", lambda *arguments: False)
-    long = backward(dout, cache, backend=backend)
-    for found, expected in zip(short, long, strict=True):
+    assert run(out)[1] is out
+    assert out.tobytes() == short[1].tobytes()
+    assert taken == 4 * [True]
+    for name in SHORT_WAYS:
+        monkeypatch.setattr(_layout, name, lambda *arguments: None)
+    for found, expected in zip(short, run(), strict=True):
         if expected is None:
             assert found is None
         else:
@@ -90,8 +119,26 @@ def test_anything_else_goes_the_long_way(change):
     plain = arrays((4, 8), "float32", 1)
     x, dout, gamma, beta = plain
     assert _layout.plain_backward(dout, x, gamma, beta, 1)
+    assert _layout.plain_channels_backward(dout, x, gamma, beta, 1) == (4, 8, 1)
     x, dout, gamma, beta = change(*plain)
     assert not _layout.plain_backward(dout, x, gamma, beta, 1)
+    assert _layout.plain_channels_backward(dout, x, gamma, beta, 1) is None
+
+
+def test_channels_may_lie_last_in_memory():
+    x, dout, gamma, beta = arrays((3, 5, 7, 9), "float32", 1, NHWC)
+    assert _layout.plain_channels(x, gamma, beta, 1) == (189, 5, 1)
+    assert not _layout.plain(x, gamma, beta, 1)
+    assert _layout.plain_channels_backward(dout, x, gamma, beta, 1) == (189, 5, 1)
+    for other in (np.ascontiguousarray(dout), dout[:, :, ::-1], dout.astype(np.float64)):
+        assert _layout.plain_channels_backward(other, x, gamma, beta, 1) is None
+    assert _layout.plain_out(dout, x, gamma, None)
+    assert not _layout.plain_out(np.ascontiguousarray(dout), x, gamma, None)
+    assert not _layout.plain_out(x, x, gamma, None)
+    for order in ((0, 3, 2, 1), (2, 0, 3, 1), (1, 0, 2, 3), (3, 2, 1, 0)):
+        assert _layout.plain_channels(arrays((3, 5, 7, 9), "float32", 1, order)[0], gamma, beta, 1) is None
+    assert _layout.plain_channels(x[:, :, ::2], gamma, beta, 1) is None
+    assert _layout.plain_channels(x[:, :4], gamma[:4], beta[:4], 1) is None
 
 
 @pytest.mark.parametrize("op", ["batchnorm", "layernorm"])
@@ -125,6 +172,7 @@ def test_an_axis_that_is_not_there_goes_the_long_way():
     x, dout, gamma, beta = arrays((4, 8), "float32", 1)
     for axis in (2, -3, 0):
         assert not _layout.plain_backward(dout, x, gamma, beta, axis)
+        assert _layout.plain_channels_backward(dout, x, gamma, beta, axis) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

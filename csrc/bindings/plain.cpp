@@ -10,46 +10,106 @@ namespace py = pybind11;
 
 namespace {
 
-bool is_plain(py::handle object, const char* dtypes) {
+// Exactly an ndarray, aligned, of one of these native dtypes.
+bool is_simple(py::handle object, const char* dtypes) {
   auto& api = py::detail::npy_api::get();
-  constexpr int kWanted = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(api.PyArray_Type_)) return false;
   const auto array = py::reinterpret_borrow<py::array>(object);
   const auto dtype = array.dtype();
-  return (array.flags() & kWanted) == kWanted && std::strchr(dtypes, dtype.char_()) != nullptr &&
-         (dtype.byteorder() == '=' || dtype.byteorder() == '|');
+  return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 &&
+         std::strchr(dtypes, dtype.char_()) != nullptr && (dtype.byteorder() == '=' || dtype.byteorder() == '|');
 }
 
-bool alike(const py::array& a, const py::array& b) {
-  return a.dtype().char_() == b.dtype().char_() && a.ndim() == b.ndim() &&
-         std::equal(a.shape(), a.shape() + a.ndim(), b.shape());
+bool c_contiguous(const py::array& array) { return (array.flags() & py::array::c_style) != 0; }
+
+bool is_plain(py::handle object, const char* dtypes) {
+  return is_simple(object, dtypes) && c_contiguous(py::reinterpret_borrow<py::array>(object));
 }
 
-// Whether x is a plain array (exactly ndarray, C-contiguous, aligned, native float16, float32 or float64, not
-// empty) and gamma and beta are each None or plain, of the accumulation dtype and shape (x.shape[axis],).
-bool plain(py::handle x, py::handle gamma, py::handle beta, Py_ssize_t axis) {
-  if (!is_plain(x, "efd")) return false;
-  const auto array = py::reinterpret_borrow<py::array>(x);
-  if (axis < 0) axis += array.ndim();
-  if (axis < 0 || axis >= array.ndim() || array.size() == 0) return false;
-  const char* accumulation = array.dtype().char_() == 'd' ? "d" : "f";
-  for (const py::handle parameter : {gamma, beta}) {
-    if (parameter.is_none()) continue;
-    if (!is_plain(parameter, accumulation)) return false;
-    const auto values = py::reinterpret_borrow<py::array>(parameter);
-    if (values.ndim() != 1 || values.shape(0) != array.shape(axis)) return false;
+// Axis 1 innermost in memory, the others in C order around it: (N, C, H, W) that lies as NHWC.
+bool channels_last(const py::array& array) {
+  py::ssize_t expected = array.itemsize();
+  const auto ndim = array.ndim();
+  for (py::ssize_t i = 0; i < ndim; ++i) {
+    const auto axis = i == 0 ? 1 : i < ndim - 1 ? ndim - i : 0;
+    if (array.shape(axis) != 1 && array.strides(axis) != expected) return false;
+    expected *= array.shape(axis);
   }
   return true;
 }
 
+bool alike(const py::array& a, const py::array& b) {
+  return a.dtype().char_() == b.dtype().char_() && a.ndim() == b.ndim() &&
+         std::equal(a.shape(), a.shape() + a.ndim(), b.shape()) &&
+         ((c_contiguous(a) && c_contiguous(b)) || std::equal(a.strides(), a.strides() + a.ndim(), b.strides()));
+}
+
+// Whether gamma and beta are each None or plain, of x's accumulation dtype and `length` elements.
+bool plain_parameters(const py::array& x, py::handle gamma, py::handle beta, py::ssize_t length) {
+  const char* accumulation = x.dtype().char_() == 'd' ? "d" : "f";
+  for (const py::handle parameter : {gamma, beta}) {
+    if (parameter.is_none()) continue;
+    if (!is_plain(parameter, accumulation)) return false;
+    const auto values = py::reinterpret_borrow<py::array>(parameter);
+    if (values.ndim() != 1 || values.shape(0) != length) return false;
+  }
+  return true;
+}
+
+// Whether x is a plain array (exactly ndarray, C-contiguous, aligned, native float16, float32 or float64, not
+// empty) and gamma and beta are each None or plain, of the accumulation dtype and shape (x.shape[axis],).
+bool plain(py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
+  if (!is_plain(x, "efd")) return false;
+  const auto array = py::reinterpret_borrow<py::array>(x);
+  if (axis < 0) axis += array.ndim();
+  if (axis < 0 || axis >= array.ndim() || array.size() == 0) return false;
+  return plain_parameters(array, gamma, beta, array.shape(axis));
+}
+
 // The same for a backward: dout is plain, too, and of x's dtype and shape.
-bool plain_backward(py::handle dout, py::handle x, py::handle gamma, py::handle beta, Py_ssize_t axis) {
-  return plain(x, gamma, beta, axis) && is_plain(dout, "efd") &&
+bool plain_backward(py::handle dout, py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
+  return plain(x, gamma, beta, axis) && is_simple(dout, "efd") &&
          alike(py::reinterpret_borrow<py::array>(dout), py::reinterpret_borrow<py::array>(x));
 }
 
-// Whether an array of which only the extent is looked at shares no byte with `out`. What is not an exact, contiguous
-// array is not known to.
+// (outer, channels, inner) of an x of two dimensions or more that is plain, or would be were its channels not last
+// in memory; gamma and beta as for `plain`. Else None.
+py::object plain_channels(py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
+  if (!is_simple(x, "efd")) return py::none();
+  const auto array = py::reinterpret_borrow<py::array>(x);
+  if (axis < 0) axis += array.ndim();
+  if (axis < 0 || axis >= array.ndim() || array.ndim() < 2 || array.size() == 0) return py::none();
+  const auto channels = array.shape(axis);
+  if (!plain_parameters(array, gamma, beta, channels)) return py::none();
+  if (c_contiguous(array)) {
+    py::ssize_t outer = 1;
+    for (py::ssize_t i = 0; i < axis; ++i) outer *= array.shape(i);
+    return py::make_tuple(outer, channels, array.size() / (outer * channels));
+  }
+  if (axis == 1 && channels_last(array)) return py::make_tuple(array.size() / channels, channels, 1);
+  return py::none();
+}
+
+// The same for a backward: dout lies in memory as x does.
+py::object plain_channels_backward(py::handle dout, py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
+  if (!is_simple(dout, "efd") || !is_simple(x, "efd") ||
+      !alike(py::reinterpret_borrow<py::array>(dout), py::reinterpret_borrow<py::array>(x)))
+    return py::none();
+  return plain_channels(x, gamma, beta, axis);
+}
+
+// Bytes from an array's first element to its end; 0 where some lie before the first.
+py::ssize_t extent(const py::array& array) {
+  py::ssize_t bytes = array.itemsize();
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    if (array.strides(i) < 0) return 0;
+    bytes += (array.shape(i) - 1) * array.strides(i);
+  }
+  return bytes;
+}
+
+// Whether an array of which only the extent is looked at shares no byte with `out`. What is not an exact array whose
+// elements follow its first is not known to.
 bool apart(const py::array& out, py::handle other) {
   if (other.is_none()) return true;
   if (PyDict_Check(other.ptr())) {  // an options dictionary with running statistics
@@ -57,16 +117,17 @@ bool apart(const py::array& out, py::handle other) {
       if (py::isinstance<py::array>(item.second) && !apart(out, item.second)) return false;
     return true;
   }
-  if (!is_plain(other, "efd")) return false;
+  if (!is_simple(other, "efd")) return false;
   const auto array = py::reinterpret_borrow<py::array>(other);
+  const auto bytes = extent(array);
   const char *begin = static_cast<const char*>(out.data()), *first = static_cast<const char*>(array.data());
-  return begin + out.nbytes() <= first || first + array.nbytes() <= begin;
+  return bytes > 0 && (begin + out.nbytes() <= first || first + bytes <= begin);
 }
 
-// Whether a result like x (plain) can be written to out: plain, writable, of x's dtype and shape, and apart from x
-// and the other inputs, each an array, None or a dictionary.
+// Whether a result like x (plain, or as `plain_channels` takes it) can be written to out: an array of the same kind,
+// writable, and apart from x and the other inputs, each an array, None or a dictionary.
 bool plain_out(py::handle out, py::handle x, const py::args& others) {
-  if (!is_plain(out, "efd")) return false;
+  if (!is_simple(out, "efd")) return false;
   const auto array = py::reinterpret_borrow<py::array>(out);
   if (!array.writeable() || !alike(array, py::reinterpret_borrow<py::array>(x)) || !apart(array, x)) return false;
   return std::all_of(others.begin(), others.end(), [&](py::handle other) { return apart(array, other); });
@@ -98,6 +159,8 @@ py::object running_average(py::handle running, py::handle batch, double momentum
 void register_plain(py::module_& m) {
   m.def("plain", &plain);
   m.def("plain_backward", &plain_backward);
+  m.def("plain_channels", &plain_channels);
+  m.def("plain_channels_backward", &plain_channels_backward);
   m.def("plain_out", &plain_out);
   m.def("running_average", &running_average);
 }

@@ -20,7 +20,6 @@ docs/maths.md derives each line.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fastnorm import _arrays, _layout
@@ -62,12 +61,10 @@ def batchnorm_forward(
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
     table = kernels(backend)
-    if (
-        type(axis) is int and axis == 1 and _layout.plain(x, gamma, beta, 1)
-        and (out is None or _layout.plain_out(out, x, gamma, beta, bn_param))
-    ):  # fmt: skip
-        outer, channels, axes = x.shape[0], x.shape[1], (1,)
-        inner = x.size // (outer * channels)
+    sizes = _layout.plain_channels(x, gamma, beta, axis) if type(axis) is int else None
+    if sizes is not None and (out is None or _layout.plain_out(out, x, gamma, beta, bn_param)):
+        outer, channels, inner = sizes
+        axes = (axis % x.ndim,)
         options = _arguments.batchnorm_options(bn_param, x, channels)
         accumulation = _layout.accumulation_dtype(x.dtype)
         source, scale, shift = x, gamma, beta
@@ -132,12 +129,9 @@ def batchnorm_backward(
     cache = _arguments.checked_cache(cache, "batchnorm")
     x = _arguments.cached_x(cache)
     gamma, beta, mean, var, eps = cache.gamma, cache.beta, cache.mean, cache.var, cache.eps
-    channels = mean.size
-    if _layout.plain_backward(dout, x, gamma, beta, cache.axes[0]) and (
-        out is None or _layout.plain_out(out, x, dout, gamma)
-    ):
-        outer = math.prod(x.shape[: cache.axes[0]])
-        inner = x.size // (outer * channels)
+    sizes = _layout.plain_channels_backward(dout, x, gamma, beta, cache.axes[0])
+    if sizes is not None and (out is None or _layout.plain_out(out, x, dout, gamma)):
+        outer, channels, inner = sizes
         grad, source, scale = dout, x, gamma
         out = work = empty_like(x) if out is None else out
     else:
@@ -148,13 +142,13 @@ def batchnorm_backward(
         if out is not None:
             out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
         if x.size == 0:
-            zeros = _arrays.zeros(channels, x)
+            zeros = _arrays.zeros(mean.size, x)
             dx = _arrays.empty_like(x, x_dtype) if out is None else out
             return dx, _layout.gradient(zeros, gamma), _layout.gradient(zeros, beta)
         view, (grad, source), work, out = _layout.buffers(
             (dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes
         )
-        outer, _, inner = view.sizes
+        outer, channels, inner = view.sizes
 
     sum_dout, sum_dout_xhat = _arrays.pair(channels, x)
     if cache.frozen:
