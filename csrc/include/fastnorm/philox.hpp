@@ -32,13 +32,14 @@ class Philox {
 
   // Which of 64 words are below the threshold, as bits: those of 16 counters from this one on.
   FASTNORM_INLINE uint64_t below(uint64_t counter, uint32_t threshold) const {
+    Bits32 found[kVectors][2];
+    words(counter, found);
+    constexpr int kWords = kVectorBytes / sizeof(uint32_t);
     uint64_t bits = 0;
 #pragma GCC unroll 8
-    for (int i = 0; i < 16 / kCounters; ++i) {
-      Bits32 first, second;
-      words(counter + static_cast<uint64_t>(i * kCounters), first, second);
-      bits |= lanes_below(first, threshold) << (8 * i * kCounters / 2);
-      bits |= lanes_below(second, threshold) << (8 * i * kCounters / 2 + 2 * kCounters);
+    for (int v = 0; v < kVectors; ++v) {
+      bits |= lanes_below(found[v][0], threshold) << (2 * v * kWords);
+      bits |= lanes_below(found[v][1], threshold) << ((2 * v + 1) * kWords);
     }
     return bits;
   }
@@ -46,6 +47,7 @@ class Philox {
  private:
   typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
   static constexpr int kCounters = kVectorBytes / sizeof(uint64_t);
+  static constexpr int kVectors = 16 / kCounters;
   static constexpr int kRounds = 10;
 
   // The 64-bit products of the lanes' lower halves.
@@ -75,10 +77,11 @@ class Philox {
 #endif
   }
 
-  // The words of kCounters counters, four of each, in order.
-  FASTNORM_INLINE void words(uint64_t counter, Bits32& first, Bits32& second) const {
-    // Even lanes take the first half of the counters and odd ones the second, so that interleaving the lanes of two
-    // vectors puts words in order.
+  // The words of 16 counters, in order. All vectors go through a round before the next, since a round waits for its
+  // products: one vector after the other, dropout of 1 MB took 1.15 times as long with AVX2 and AVX-512, 1.5 with SSE2.
+  FASTNORM_INLINE void words(uint64_t counter, Bits32 (&found)[kVectors][2]) const {
+    // Even lanes take the first half of a vector's counters and odd ones the second, so that interleaving the lanes of
+    // two vectors puts words in order.
     Wide numbers{}, evens{}, odds{};
     for (int i = 0; i < kCounters; ++i) {
       numbers[i] = static_cast<uint64_t>(i / 2 + i % 2 * (kCounters / 2));
@@ -86,21 +89,33 @@ class Philox {
       odds[i] = static_cast<uint64_t>(i % 2 == 0 ? i + 1 : kCounters + i);
     }
     const Wide m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
-    Wide c0 = numbers + counter, c1 = c0 >> 32, c2{}, c3{};
+    Wide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      c0[v] = numbers + (counter + static_cast<uint64_t>(v * kCounters));
+      c1[v] = c0[v] >> 32;
+      c2[v] = c3[v] = Wide{};
+    }
 #pragma GCC unroll 10
     for (int round = 0; round < kRounds - 1; ++round) {
-      const Wide p0 = product(c0, m0), p1 = product(c2, m1);
-      c0 = (p1 >> 32) ^ c1 ^ keys_[round][0];
-      c2 = (p0 >> 32) ^ c3 ^ keys_[round][1];
-      c1 = p1;
-      c3 = p0;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Wide p0 = product(c0[v], m0), p1 = product(c2[v], m1);
+        c0[v] = (p1 >> 32) ^ c1[v] ^ keys_[round][0];
+        c2[v] = (p0 >> 32) ^ c3[v] ^ keys_[round][1];
+        c1[v] = p1;
+        c3[v] = p0;
+      }
     }
     // The last round leaves words 0 and 1 in one lane, and words 2 and 3: the halves of the products change places.
-    const Wide p0 = product(c0, m0), p1 = product(c2, m1);
-    const Wide w01 = (p1 >> 32 | p1 << 32) ^ (c1 & 0xffffffffu) ^ keys_[kRounds - 1][0];
-    const Wide w23 = (p0 >> 32 | p0 << 32) ^ (c3 & 0xffffffffu) ^ keys_[kRounds - 1][1];
-    first = (Bits32)__builtin_shuffle(w01, w23, evens);
-    second = (Bits32)__builtin_shuffle(w01, w23, odds);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Wide p0 = product(c0[v], m0), p1 = product(c2[v], m1);
+      const Wide w01 = (p1 >> 32 | p1 << 32) ^ (c1[v] & 0xffffffffu) ^ keys_[kRounds - 1][0];
+      const Wide w23 = (p0 >> 32 | p0 << 32) ^ (c3[v] & 0xffffffffu) ^ keys_[kRounds - 1][1];
+      found[v][0] = (Bits32)__builtin_shuffle(w01, w23, evens);
+      found[v][1] = (Bits32)__builtin_shuffle(w01, w23, odds);
+    }
   }
 
   Wide keys_[kRounds][2];

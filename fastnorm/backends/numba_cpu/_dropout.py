@@ -58,8 +58,8 @@ def _spread(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def drawn(typing: Any, group: Any, seed: Any, threshold: Any) -> Any:
-    """Which elements of group*DRAWN + (0, 1, ...) are kept, as bits: those whose word is below the threshold."""
+def _drawn(typing: Any, group: Any, seed: Any, threshold: Any) -> Any:
+    """Which words of elements group*DRAWN + (0, 1, ...) are below a threshold of 32 bits, as bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         group, seed, threshold = arguments
@@ -81,14 +81,13 @@ def drawn(typing: Any, group: Any, seed: Any, threshold: Any) -> Any:
         words = builder.bitcast(in_order, ir.VectorType(I32, DRAWN))
         limit = builder.insert_element(ir.Constant(words.type, ir.Undefined), builder.trunc(threshold, I32), I32(0))
         limit = builder.shuffle_vector(limit, limit, ir.Constant(words.type, None))
-        below = builder.bitcast(builder.icmp_unsigned("<", words, limit), WORD)
-        return builder.or_(below, builder.neg(builder.lshr(threshold, WORD(32))))  # 2^32 is above all words
+        return builder.bitcast(builder.icmp_unsigned("<", words, limit), WORD)
 
     return types.int64(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
-def bits_from(typing: Any, bits: Any, following: Any, skip: Any) -> Any:
+def _bits_from(typing: Any, bits: Any, following: Any, skip: Any) -> Any:
     """64 bits from bit `skip` of `bits` on, the last of them from `following`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -102,7 +101,7 @@ def bits_from(typing: Any, bits: Any, following: Any, skip: Any) -> Any:
 
 
 @intrinsic
-def kept(typing: Any, bits: Any, first: Any, vector: Any) -> Any:
+def _kept(typing: Any, bits: Any, first: Any, vector: Any) -> Any:
     """The lanes of a vector whose bits, from bit `first` on, are set; 0 in the others."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -115,25 +114,31 @@ def kept(typing: Any, bits: Any, first: Any, vector: Any) -> Any:
 
 
 @compiled
+def _fates(index, seed, threshold):
+    """Which elements of the index's group are kept, as bits."""
+    return _drawn(index // DRAWN, seed, threshold) if threshold >> 32 == 0 else -1
+
+
+@compiled
 def _write(x, y, at, end, first, seed, threshold, scale, past_cache, ahead):
     """Elements at..end of the output: whole lines, and what comes before and after."""
     step, factor, zero = lanes(y), spread(y, scale), spread(y, 0.0)
     broken = (begun(y) + at) % step if past_cache else 0
-    bits = drawn((first + at) // DRAWN, seed, threshold)
+    bits = _fates(first + at, seed, threshold)
     while at < end:
         count = least(DRAWN if broken == 0 else step - broken, end - at)
         skip = (first + at) % DRAWN
         following = bits
         if skip + count >= DRAWN:
-            following = drawn((first + at) // DRAWN + 1, seed, threshold)
-        fates = bits_from(bits, following, skip)
+            following = _fates(first + at + DRAWN, seed, threshold)
+        here = _bits_from(bits, following, skip)
         whole = count // step * step
         for i in range(0, whole, step):
             prefetch(x, at + i + ahead)
-            store(y, at + i, kept(fates, i, load(x, at + i) * factor), past_cache)
+            store(y, at + i, _kept(here, i, load(x, at + i) * factor), past_cache)
         if whole < count:
             some = load_part(x, at + whole, 0, count - whole, zero) * factor
-            store_part(y, at + whole, kept(fates, whole, some), 0, count - whole)
+            store_part(y, at + whole, _kept(here, whole, some), 0, count - whole)
         bits, at, broken = following, at + count, 0
 
 
