@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fastnorm import _threads
+from fastnorm import _device, _threads
 from fastnorm.backends import KernelTable
 
-# Best first: without a request the first one that loads serves. A new backend is one line here.
+# Best first: without a request the first one that loads serves, in host memory. A new backend is one line here.
 _MODULES = {
     "cpp": "fastnorm.backends.cpp",
     "numba": "fastnorm.backends.numba_cpu",
     "cuda": "fastnorm.backends.numba_cuda",
     "numpy": "fastnorm.reference.kernels",
 }
+
+
+ON_DEVICE = "cuda"
+"""The backend of arrays on a device. One in host memory gets there only where the caller names it."""
 
 
 class BackendInfo(NamedTuple):
@@ -35,6 +39,8 @@ class BackendUnavailableError(ValueError):
 _loaded: dict[str, KernelTable] = {}
 _refused: dict[str, str] = {}
 _active: KernelTable | None = None
+_chosen: str | None = None
+"""The name that `use_backend` was given."""
 
 
 def _load(name: str) -> KernelTable | None:
@@ -86,7 +92,7 @@ def _default() -> KernelTable:
     if requested:
         return _require(requested, "FASTNORM_BACKEND")
     for name in _MODULES:
-        table = _load(name)
+        table = None if name == ON_DEVICE else _load(name)
         if table is not None:
             return table
     raise BackendUnavailableError("no backend is available: " + "; ".join(f"{n}: {r}" for n, r in _refused.items()))
@@ -100,6 +106,22 @@ def kernels(backend: str | None = None) -> KernelTable:
     if _active is None:
         _active = _default()
     return _active
+
+
+def kernels_for(x: Any, table: KernelTable, backend: str | None) -> KernelTable:
+    """The table for a call on x, an array or a descriptor: `table`, from `kernels(backend)`, in host memory.
+
+    On a device it is the cuda backend's. ValueError where another was chosen or the device is too old for it,
+    BackendUnavailableError where it cannot be loaded.
+    """
+    if not _device.on_device(x):
+        return table
+    named = backend or _chosen or os.environ.get("FASTNORM_BACKEND") or ON_DEVICE
+    if named != ON_DEVICE:
+        raise ValueError(f"backend: {named!r} was chosen, which works in host memory, but x is on {x.place}")
+    table = _require(ON_DEVICE, "x")
+    _device.backend().check_device(x.device)
+    return table
 
 
 def name_of(table: KernelTable) -> str:
@@ -128,10 +150,10 @@ class use_backend:  # noqa: N801 (called like a function)
     """
 
     def __init__(self, name: str | None) -> None:
-        global _active
+        global _active, _chosen
         table = None if name is None else _require(name, "name")
-        self._before = _active
-        _active = table
+        self._before = _active, _chosen
+        _active, _chosen = table, name
 
     def __enter__(self) -> use_backend:
         return self
@@ -139,5 +161,5 @@ class use_backend:  # noqa: N801 (called like a function)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _active
-        _active = self._before
+        global _active, _chosen
+        _active, _chosen = self._before

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnorm import _arrays
+from fastnorm import _arrays, _device
 from fastnorm._arrays import empty_like
 
 Array = np.ndarray[Any, Any]
@@ -70,7 +70,7 @@ def common_storage(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]
     return FLOAT64 if FLOAT64 in (first, second) else FLOAT32
 
 
-def as_array(name: str, value: Any) -> Array:
+def host_array(name: str, value: Any) -> Array:
     """`value` as a plain ndarray, without a copy where it is one; TypeError for what is not an array.
 
     Lists and numbers are taken as NumPy takes them. Masked arrays are refused, since their mask would be
@@ -82,7 +82,37 @@ def as_array(name: str, value: Any) -> Array:
         raise TypeError(f"{name}: masked arrays are not supported, got {type(value).__name__}")
     if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
         return np.asarray(value)
-    raise TypeError(f"{name}: expected a NumPy array, got {type(value).__module__}.{type(value).__name__}")
+    raise TypeError(f"{name}: expected a NumPy array, got {kind(value)}")
+
+
+def kind(value: Any) -> str:
+    """The type of a value, for messages."""
+    return repr(value) if _device.on_device(value) else f"{type(value).__module__}.{type(value).__name__}"
+
+
+def as_array(name: str, value: Any) -> Array:
+    """As `host_array`, and an array on a CUDA device as the descriptor that stands for it."""
+    if type(value) is np.ndarray:
+        return value
+    found: Any = _device.described(name, value)
+    return host_array(name, value) if found is None else found
+
+
+def beside(name: str, value: Any, x: Array) -> Array:
+    """`as_array` of a further array of a call: it must be where x is. ValueError where it is not."""
+    array = as_array(name, value)
+    if type(array) is np.ndarray and type(x) is np.ndarray:
+        return array
+    here, there = _place(x), _place(array)
+    if here != there:
+        raise ValueError(f"{name}: expected an array {here}, where x is, got one {there}; nothing is moved unasked")
+    if _device.on_device(array) and _device.on_device(x):
+        _device.follow(array, x)
+    return array
+
+
+def _place(array: Array) -> str:
+    return f"on {array.place}" if _device.on_device(array) else "in host memory"
 
 
 # ---- canonical views ------------------------------------------------------------------------------
@@ -286,10 +316,10 @@ def _dense_like(x: Array, dtype: np.dtype[Any], view_of: ViewOf, axes: Axes) -> 
 
 
 def deliver(work: Array, out: Array) -> Array:
-    """The result where the caller expects it."""
+    """The result where the caller expects it, of the caller's library."""
     if work is not out:
         _arrays.copy(out, work)
-    return out
+    return out if type(out) is np.ndarray else _arrays.handed(out)
 
 
 # ---- index order ----------------------------------------------------------------------------------
@@ -343,24 +373,28 @@ def checked_out(out: Any, x: Array, dtype: np.dtype[Any], others: dict[str, Any]
     It must overlap none of `others` (argument name -> array or None), except that it may be `may_be`
     itself: the same elements in the same places.
     """
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out: expected a NumPy array, got {type(out).__module__}.{type(out).__name__}")
-    if out.shape != x.shape:
-        raise ValueError(f"out: expected shape {x.shape}, got {out.shape}")
-    if out.dtype != dtype:
-        raise ValueError(f"out: expected dtype {dtype}, got {out.dtype}")
-    if not out.flags.writeable:
+    if not isinstance(out, np.ndarray) and _device.described("out", out) is None:
+        expected = "an array on a CUDA device" if _device.on_device(x) else "a NumPy array"
+        raise TypeError(f"out: expected {expected}, got {kind(out)}")
+    result = beside("out", out, x)
+    if _device.on_device(result) and not _device.one_stream(result, x):
+        raise ValueError("out: belongs to another stream than x")
+    if result.shape != x.shape:
+        raise ValueError(f"out: expected shape {x.shape}, got {result.shape}")
+    if result.dtype != dtype:
+        raise ValueError(f"out: expected dtype {dtype}, got {result.dtype}")
+    if not result.flags.writeable:
         raise ValueError("out: expected a writable array, got a read-only one")
-    if _overlaps_itself(out):
-        raise ValueError(f"out: its elements overlap one another (shape {out.shape}, strides {out.strides})")
+    if _overlaps_itself(result):
+        raise ValueError(f"out: its elements overlap one another (shape {result.shape}, strides {result.strides})")
     for name, other in others.items():
-        if not isinstance(other, np.ndarray) or not _arrays.may_share_memory(out, other):
+        if other is None or not _arrays.may_share_memory(result, other):
             continue
-        if other is may_be and same_elements(out, other):
+        if may_be is not None and other is may_be and same_elements(result, may_be):
             continue
-        if _arrays.share_memory(out, other):
+        if _arrays.share_memory(result, other):
             raise ValueError(f"out: overlaps {name}; expected memory of its own")
-    return out if type(out) is np.ndarray else out.view(np.ndarray)
+    return result
 
 
 def same_elements(first: Array, second: Array) -> bool:
@@ -401,7 +435,7 @@ def parameter(name: str, value: Any, x: Array, axes: Axes, dtype: np.dtype[Any])
     """
     if value is None:
         return None, None
-    given = as_array(name, value)
+    given = beside(name, value, x)
     if not fits_axes(given.shape, x.shape, axes):
         alone = tuple(x.shape[axis] for axis in axes)
         raise ValueError(
@@ -416,10 +450,11 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
     """A parameter's gradient in its own shape and floating dtype (float64 for integers); None for None."""
     if total is None or parameter is None:
         return None
-    if parameter.dtype is FLOAT32 and parameter.ndim == 1:  # the usual one, 0.2 us less
+    if type(parameter) is np.ndarray and parameter.dtype is FLOAT32 and parameter.ndim == 1:  # the usual, 0.2 us less
         return total.astype(FLOAT32)
+    parameter = as_array("parameter", parameter)
     dtype = parameter.dtype if parameter.dtype.kind not in "biu" else FLOAT64
-    return total.astype(dtype).reshape(parameter.shape)
+    return _arrays.handed(total.astype(dtype).reshape(parameter.shape))
 
 
 # ---- the common case ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastnorm import _arrays
-from fastnorm._layout import FLOAT32, FLOAT64, Array, Axes, as_array, checked_axis, storage_dtype
+from fastnorm._layout import FLOAT32, FLOAT64, Array, Axes, as_array, beside, checked_axis, deliver, storage_dtype
 
 # For plain arrays the sum of `_updated` in one step, the same bits: 0.2 us instead of 2. Else None.
 _running_average: Callable[[Array, Array, float], Array | None]
@@ -69,6 +69,18 @@ def cached_x(cache: Cache) -> Array:
     return cache.x
 
 
+def delivered(work: Array, out: Array, cache: Cache) -> tuple[Array, Cache]:
+    """What a forward returns: `out` with the result that is in `work`, and the cache.
+
+    Arrays on a device are those of the caller's library, in the cache too: by the time of the backward the caller
+    may have given one other memory.
+    """
+    if work is out and type(out) is np.ndarray:
+        return out, cache
+    x, gamma, beta, mean, var = (_arrays.handed(array) for array in cache[1:6])
+    return deliver(work, out), cache._replace(x=x, gamma=gamma, beta=beta, mean=mean, var=var)
+
+
 def described(value: Any) -> str:
     """What a message says of a value of the wrong type."""
     return "None" if value is None else f"an object of type {type(value).__name__}"
@@ -115,7 +127,7 @@ def checked_momentum(momentum: Any) -> float:
 
 def checked_dout(dout: Any, x: Array) -> Array:
     """dout as an array of x's shape and a real dtype."""
-    array = as_array("dout", dout)
+    array = beside("dout", dout, x)
     storage_dtype("dout", array)
     if array.shape != x.shape:
         raise ValueError(f"dout: expected the shape of x, {x.shape}, got {array.shape}")
@@ -123,7 +135,7 @@ def checked_dout(dout: Any, x: Array) -> Array:
 
 
 def _one_per_channel(name: str, value: Any, x: Array, channels: int) -> Array:
-    array = as_array(name, value)
+    array = beside(name, value, x)
     storage_dtype(name, array)
     if array.size != channels or max(array.shape, default=1) != channels:
         raise ValueError(f"{name}: expected {channels} elements, one per channel of x, got shape {array.shape}")
@@ -215,13 +227,12 @@ def store_running(
         bn_param[key] = _updated(running, batch.reshape(-1), options.momentum, dtype)
 
 
-def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
-    if running is None:
-        return ((1.0 - momentum) * batch).astype(dtype)
-    if (average := _running_average(running, batch, momentum)) is not None:
-        return average
-    kept = dtype if running.dtype.kind in "biu" else running.dtype
-    return _arrays.mixed(running, batch, momentum, kept)
+def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Any:
+    if running is not None:
+        if (average := _running_average(running, batch, momentum)) is not None:
+            return average
+        dtype = dtype if running.dtype.kind in "biu" else running.dtype
+    return _arrays.handed(_arrays.mixed(running, batch, momentum, dtype))
 
 
 # ---- layernorm ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from fastnorm.ops._arguments import Cache
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def _closed_form(dout: Any, cache: Cache, op: str) -> tuple[Array, Array | None, Array | None]:
     cache = _arguments.checked_cache(cache, op)
-    x, params = _arguments.cached_x(cache), cache.axes
+    x, params = _layout.host_array("x", _arguments.cached_x(cache)), cache.axes
     dout = _arguments.checked_dout(dout, x)
     others = tuple(axis for axis in range(x.ndim) if axis not in params)
     stats = others if op == "batchnorm" else params

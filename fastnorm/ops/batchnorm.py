@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastnorm import _arrays, _layout
-from fastnorm._dispatch import kernels
+from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array
 from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
@@ -72,6 +72,7 @@ def batchnorm_forward(
         in_place = False
     else:
         x, axes, channels = _arguments.batchnorm_x(x, axis)
+        table = kernels_for(x, table, backend)
         options = _arguments.batchnorm_options(bn_param, x, channels)
         dtype = _layout.storage_dtype("x", x)
         accumulation = _layout.accumulation_dtype(dtype)
@@ -86,7 +87,8 @@ def batchnorm_forward(
             mean = var = _arrays.zeros(channels, x)
             if options.frozen:
                 mean, var = _arguments.constants(options)
-            return result, Cache("batchnorm", x, gamma, beta, mean, var, options.eps, axes, options.frozen)
+            cache = Cache("batchnorm", x, gamma, beta, mean, var, options.eps, axes, options.frozen)
+            return _arguments.delivered(result, result, cache)
         in_place = out is not None and _layout.same_elements(out, x)
         view, (source,), work, out = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
         outer, _, inner = view.sizes
@@ -95,14 +97,13 @@ def batchnorm_forward(
         mean, var = _arguments.constants(options)
         table.channel_apply(source, outer, channels, inner, mean, var, options.eps, scale, shift, work)
     else:
-        mean, var = _arrays.pair(channels, x)
+        mean, var = _arrays.pair(channels, source)
         table.channel_forward(source, outer, channels, inner, scale, shift, options.eps, work, mean, var)
         if bn_param is not None:
             _arguments.store_running(bn_param, options, mean, var, accumulation)
     kept = None if in_place else x
-    return _layout.deliver(work, out), Cache(
-        "batchnorm", kept, gamma, beta, mean, var, options.eps, axes, options.frozen
-    )
+    cache = Cache("batchnorm", kept, gamma, beta, mean, var, options.eps, axes, options.frozen)
+    return _arguments.delivered(work, out, cache)
 
 
 def batchnorm_backward(
@@ -135,25 +136,28 @@ def batchnorm_backward(
         grad, source, scale = dout, x, gamma
         out = work = empty_like(x) if out is None else out
     else:
+        x = _layout.as_array("x", x)
+        table = kernels_for(x, table, backend)
+        mean, var = _layout.beside("mean", mean, x), _layout.beside("var", var, x)
         dout = _arguments.checked_dout(dout, x)
         x_dtype = _layout.storage_dtype("x", x)
         dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
-        _, scale = _layout.parameter("gamma", gamma, x, cache.axes, _layout.accumulation_dtype(dtype))
+        gamma, scale = _layout.parameter("gamma", gamma, x, cache.axes, _layout.accumulation_dtype(dtype))
         if out is not None:
             out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
         if x.size == 0:
             zeros = _arrays.zeros(mean.size, x)
-            dx = _arrays.empty_like(x, x_dtype) if out is None else out
+            dx = _arrays.handed(_arrays.empty_like(x, x_dtype) if out is None else out)
             return dx, _layout.gradient(zeros, gamma), _layout.gradient(zeros, beta)
         view, (grad, source), work, out = _layout.buffers(
             (dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes
         )
         outer, channels, inner = view.sizes
 
-    sum_dout, sum_dout_xhat = _arrays.pair(channels, x)
+    sum_dout, sum_dout_xhat = _arrays.pair(channels, source)
     if cache.frozen:
         table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
-        table.channel_apply(grad, outer, channels, inner, _arrays.zeros(channels, x), var, eps, scale, None, work)
+        table.channel_apply(grad, outer, channels, inner, _arrays.zeros(channels, source), var, eps, scale, None, work)
     else:
         table.channel_backward(
             grad, source, outer, channels, inner, mean, var, eps, scale, work, sum_dout, sum_dout_xhat
@@ -170,8 +174,8 @@ def batchnorm_backward_reduce(
     They are dbeta and dgamma; summed over workers (with the merged mean and var) they are those of the
     whole batch. x, axis, backend as in `batchnorm_forward`; mean, var one element per channel.
     """
-    table = kernels(backend)
     x, axes, channels = _arguments.batchnorm_x(x, axis)
+    table = kernels_for(x, kernels(backend), backend)
     dout = _arguments.checked_dout(dout, x)
     dtype = _layout.common_storage(_layout.storage_dtype("x", x), _layout.storage_dtype("dout", dout))
     mean = _arguments.per_channel("mean", mean, x, channels)
@@ -182,7 +186,7 @@ def batchnorm_backward_reduce(
         view, (grad, source) = _layout.readable((dout, x), dtype, _layout.channel_view, axes)
         outer, _, inner = view.sizes
         table.channel_backward_reduce(grad, source, outer, channels, inner, mean, var, eps, sum_dout, sum_dout_xhat)
-    return sum_dout, sum_dout_xhat
+    return _arrays.handed(sum_dout), _arrays.handed(sum_dout_xhat)
 
 
 def batchnorm_backward_apply(
@@ -194,8 +198,8 @@ def batchnorm_backward_apply(
     count is the number of values per channel that the sums ran over, all workers together. The rest as in
     `batchnorm_backward_reduce` and `batchnorm_forward`.
     """
-    table = kernels(backend)
     x, axes, channels = _arguments.batchnorm_x(x, axis)
+    table = kernels_for(x, kernels(backend), backend)
     dout = _arguments.checked_dout(dout, x)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
@@ -209,7 +213,7 @@ def batchnorm_backward_apply(
     if out is not None:
         out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
     if x.size == 0:
-        return _arrays.empty_like(x, x_dtype) if out is None else out
+        return _arrays.handed(_arrays.empty_like(x, x_dtype) if out is None else out)
     plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.channel_view, axes)
     grad, source = plan.inputs
     outer, _, inner = plan.view.sizes
@@ -227,10 +231,10 @@ def spatial_batchnorm_forward(
 
     Raises ValueError where x does not have 4 dimensions.
     """
-    array = _layout.as_array("x", x)
-    if array.ndim != 4:
-        raise ValueError(f"x: expected 4 dimensions (N, C, H, W), got shape {array.shape}")
-    return batchnorm_forward(array, gamma, beta, bn_param, axis=axis, out=out, backend=backend)
+    shape = _layout.as_array("x", x).shape
+    if len(shape) != 4:
+        raise ValueError(f"x: expected 4 dimensions (N, C, H, W), got shape {shape}")
+    return batchnorm_forward(x, gamma, beta, bn_param, axis=axis, out=out, backend=backend)
 
 
 def spatial_batchnorm_backward(

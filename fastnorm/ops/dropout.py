@@ -80,7 +80,7 @@ def dropout_forward(
         table.dropout(x, x.size, 0, *draw, out)
         return out, DropoutCache(x.shape, x.dtype, draw)
 
-    x = _layout.as_array("x", x)
+    x = _layout.host_array("x", x)
     dtype = _layout.storage_dtype("x", x)
     if out is not None:
         out = _layout.checked_out(out, x, dtype, {"x": x}, may_be=x)
@@ -115,7 +115,7 @@ def dropout_backward(dout: Any, cache: DropoutCache, *, out: Array | None = None
         table.dropout(dout, dout.size, 0, *draw, out)
         return out
 
-    dout = _layout.as_array("dout", dout)
+    dout = _layout.host_array("dout", dout)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
     if dout.shape != shape:
         raise ValueError(f"dout: expected the shape of x, {shape}, got {dout.shape}")

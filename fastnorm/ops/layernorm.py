@@ -23,7 +23,7 @@ import math
 from typing import Any
 
 from fastnorm import _arrays, _layout
-from fastnorm._dispatch import kernels
+from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array
 from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
@@ -69,6 +69,7 @@ def layernorm_forward(
         return out, Cache("layernorm", x, gamma, beta, mean, var, eps, (x.ndim - 1,), False)
 
     x, axes = _arguments.layernorm_x(x, axis)
+    table = kernels_for(x, table, backend)
     first = axes[0]
     dtype = _layout.storage_dtype("x", x)
     accumulation = _layout.accumulation_dtype(dtype)
@@ -80,7 +81,8 @@ def layernorm_forward(
     if x.size == 0:
         result = _arrays.empty_like(x, dtype) if out is None else out
         zeros = _arrays.zeros(math.prod(x.shape[:first]), x)
-        return result, Cache("layernorm", x, gamma, beta, zeros, zeros, eps, axes, False)
+        cache = Cache("layernorm", x, gamma, beta, zeros, zeros, eps, axes, False)
+        return _arguments.delivered(result, result, cache)
 
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.row_view, axes)
     view, lengths = plan.view, x.shape[first:]
@@ -92,7 +94,8 @@ def layernorm_forward(
     table.row_forward(source, rows, cols, scale, shift, eps, plan.work, mean, var)
     mean = _layout.to_index(mean, view.stats, x.shape[:first])
     var = _layout.to_index(var, view.stats, x.shape[:first])
-    return _layout.deliver(plan.work, plan.out), Cache("layernorm", x, gamma, beta, mean, var, eps, axes, False)
+    cache = Cache("layernorm", x, gamma, beta, mean, var, eps, axes, False)
+    return _arguments.delivered(plan.work, plan.out, cache)
 
 
 def layernorm_backward(
@@ -132,10 +135,13 @@ def layernorm_backward(
         table.row_backward(dout, x, rows, cols, mean, var, cache.eps, gamma, dx, sum_dout_xhat, sum_dout)
         return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
 
+    x = _layout.as_array("x", x)
+    table = kernels_for(x, table, backend)
+    mean, var = _layout.beside("mean", mean, x), _layout.beside("var", var, x)
     dout = _arguments.checked_dout(dout, x)
     x_dtype = _layout.storage_dtype("x", x)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
-    _, scale = _layout.parameter("gamma", gamma, x, axes, _layout.accumulation_dtype(dtype))
+    gamma, scale = _layout.parameter("gamma", gamma, x, axes, _layout.accumulation_dtype(dtype))
     if out is not None:
         out = _layout.checked_out(out, x, x_dtype, {"dout": dout, "x": x, "gamma": gamma})
 
@@ -143,7 +149,7 @@ def layernorm_backward(
     if x.size == 0:
         cols = math.prod(x.shape[first:])
         sum_dout = sum_dout_xhat = _arrays.zeros(cols, x)
-        dx = _arrays.empty_like(x, x_dtype) if out is None else out
+        dx = _arrays.handed(_arrays.empty_like(x, x_dtype) if out is None else out)
     else:
         plan = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.row_view, axes)
         view, lengths = plan.view, x.shape[first:]

@@ -153,7 +153,7 @@ def batchnorm_forward_staged(
     y_unshift and the result. For float16 and bfloat16 they are float32, twice as large, and two more come
     with the conversions. Arguments, updates of bn_param and errors as in `batchnorm_forward`.
     """
-    x, params, channels = _arguments.batchnorm_x(x, axis)
+    x, params, channels = _arguments.batchnorm_x(_layout.host_array("x", x), axis)
     options = _arguments.batchnorm_options(bn_param, x, channels)
     dtype = _layout.accumulation_dtype(_layout.storage_dtype("x", x))
     constants = None
@@ -183,7 +183,7 @@ def layernorm_forward_staged(
 
     Allocates as much as `batchnorm_forward_staged`. Arguments and errors as in `layernorm_forward`.
     """
-    x, axes = _arguments.layernorm_x(x, axis)
+    x, axes = _arguments.layernorm_x(_layout.host_array("x", x), axis)
     out, cache, _, _ = _forward("layernorm", x, gamma, beta, _arguments.layernorm_eps(ln_param), axes, axes)
     return out, cache
 

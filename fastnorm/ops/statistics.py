@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastnorm import _arrays, _layout
-from fastnorm._dispatch import kernels
+from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array, Axes
 from fastnorm.ops import _arguments
 
@@ -71,8 +71,8 @@ def moments(
     Moments(count, mean, var): mean and var are float64 arrays, count is the number of values behind each.
     Where it is 0, mean and var are 0 and merging ignores them.
     """
-    table = kernels(backend)
     x = _layout.as_array("x", x)
+    table = kernels_for(x, kernels(backend), backend)
     dtype = _layout.storage_dtype("x", x)
     reduced = _reduced_axes(axis, x.ndim)
     kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
@@ -86,7 +86,7 @@ def moments(
         var = _layout.to_index(var, view.stats, lengths)
     shape = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape)) if keepdims else lengths
     count = math.prod(x.shape[axis] for axis in reduced)
-    return Moments(count, mean.reshape(shape), var.reshape(shape))
+    return Moments(count, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
 
 
 def normalize(
@@ -105,16 +105,16 @@ def normalize(
     out : array to write to, of x's shape and result dtype; may be x itself.
     backend : as in `batchnorm_forward`.
     """
-    table = kernels(backend)
     x = _layout.as_array("x", x)
+    table = kernels_for(x, kernels(backend), backend)
     dtype = _layout.storage_dtype("x", x)
-    mean = _layout.as_array("mean", mean)
+    mean = _layout.beside("mean", mean, x)
     padded = (1,) * (x.ndim - mean.ndim) + mean.shape
     if len(padded) != x.ndim or any(n not in (1, length) for n, length in zip(padded, x.shape, strict=True)):
         raise ValueError(f"mean: expected a shape that broadcasts to {x.shape}, got {mean.shape}")
     axes = tuple(axis for axis, n in enumerate(padded) if n != 1)
     _, centre = _layout.parameter("mean", mean, x, axes, _layout.FLOAT64)
-    _, spread = _layout.parameter("var", var, x, axes, _layout.FLOAT64)
+    var, spread = _layout.parameter("var", var, x, axes, _layout.FLOAT64)
     if centre is None or spread is None:
         raise TypeError("var: expected an array like mean, got None")
     accumulation = _layout.accumulation_dtype(dtype)
@@ -125,7 +125,7 @@ def normalize(
         others = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
         out = _layout.checked_out(out, x, dtype, others, may_be=x)
     if x.size == 0:
-        return _arrays.empty_like(x, dtype) if out is None else out
+        return _arrays.handed(_arrays.empty_like(x, dtype) if out is None else out)
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
     view = plan.view
     lengths = tuple(x.shape[axis] for axis in axes)
