@@ -9,11 +9,15 @@ What a kernel receives
                     Shape and strides of the array object carry no meaning (`flat` gives the 1-D view).
     sizes           the canonical view of that block, never zero:
                     channel family  (outer, channels, inner), statistics over outer and inner;
+                    group calls     (samples, outer, channels, inner) and `groups`, a divisor of channels: in each
+                                    sample, statistics over outer, inner and the channels/groups channels of a group;
                     row family      (rows, cols), statistics over each row.
     gamma, beta     1-D contiguous arrays in the accumulation dtype (float32; float64 for float64 storage),
                     `channels` or `cols` elements, or None where absent.
-    mean, var       1-D contiguous float64, one element per channel or row; var is biased (divided by count).
-                    Always float64: for values of 1e6 +- 1 a float32 mean is off by 3% of the spread.
+    mean, var       1-D contiguous float64, one element per channel, row, or group of a sample (sample by sample);
+                    var is biased (divided by count). Always float64: for values of 1e6 +- 1 a float32 mean is off
+                    by 3% of the spread. A mean of None, in the row family alone, means rows that are not centred:
+                    the mean counts as 0, and var is the mean of squares.
     eps             float; the factor is rstd = 1/sqrt(var + eps), and 0 where var + eps is 0.
 
 What a kernel promises
@@ -84,18 +88,37 @@ class KernelTable(Protocol):
     ) -> None:  # fmt: skip
         """channel_backward_reduce, then channel_backward_apply with count n, fused."""
 
-    def row_forward(
-        self, x: Array, rows: int, cols: int,
+    def group_forward(
+        self, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
         gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
     ) -> None:  # fmt: skip
-        """mean, var of each row; y = (x - mean)*rstd*gamma + beta, gamma and beta by column."""
+        """mean, var of each group of each sample; y = (x - mean)*rstd*gamma + beta, gamma and beta by channel."""
+
+    def group_backward(
+        self, dy: Array, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
+        mean: Array, var: Array, eps: float, gamma: Array | None,
+        dx: Array, sum_dy: Array, sum_dy_xhat: Array,
+    ) -> None:  # fmt: skip
+        """dx = rstd*(g - mean(g) - xhat*mean(g*xhat)), g = dy*gamma, means over the group of the sample;
+        sum_dy = sum(dy) and sum_dy_xhat = sum(dy*xhat) by channel, over all samples: float64 of `channels` elements.
+        """
+
+    def row_forward(
+        self, x: Array, rows: int, cols: int,
+        gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array | None, var: Array,
+    ) -> None:  # fmt: skip
+        """mean, var of each row; y = (x - mean)*rstd*gamma + beta, gamma and beta by column.
+
+        Where mean is None: var = sum(x^2)/cols, y = x*rstd*gamma + beta.
+        """
 
     def row_backward(
         self, dy: Array, x: Array, rows: int, cols: int,
-        mean: Array, var: Array, eps: float, gamma: Array | None,
+        mean: Array | None, var: Array, eps: float, gamma: Array | None,
         dx: Array, dgamma: Array | None, dbeta: Array | None,
     ) -> None:  # fmt: skip
-        """dx = rstd*(g - mean(g) - xhat*mean(g*xhat)), g = dy*gamma, means along the row;
+        """dx = rstd*(g - mean(g) - xhat*mean(g*xhat)), g = dy*gamma, means along the row, mean(g) left out where
+        mean is None: then xhat = x*rstd;
         dgamma = sum over rows of dy*xhat, dbeta = sum over rows of dy: float64 of `cols` elements,
         both None where neither is wanted.
         """

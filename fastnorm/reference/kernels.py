@@ -136,11 +136,79 @@ def channel_backward(
     channel_backward_apply(dy, x, *shape, mean, var, eps, gamma, sum_dy, sum_dy_xhat, float(outer * inner), dx)
 
 
-def row_forward(
-    x: Array, rows: int, cols: int,
+def _samples(samples: int, *arrays: Array) -> Iterator[tuple[int, list[Array]]]:
+    """The number of each sample and its part of each array."""
+    parts = [flat(array).reshape(samples, -1) for array in arrays]
+    for n in range(samples):
+        yield n, [part[n] for part in parts]
+
+
+def group_forward(
+    x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
-    channel_moments(x, 1, rows, cols, mean, var)
+    width = channels // groups
+    centre, spread = np.empty(channels), np.empty(channels)
+    means, variances = (a.reshape(samples, groups) for a in (mean, var))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for n, (source, target) in _samples(samples, x, y):
+            channel_moments(source, outer, channels, inner, centre, spread)
+            by_group = centre.reshape(groups, width)
+            means[n] = by_group[:, 0] + (by_group - by_group[:, :1]).mean(axis=1)  # exact for equal ones
+            between = by_group - means[n, :, None]
+            variances[n] = (spread.reshape(groups, width) + between * between).mean(axis=1)
+            centre, spread = np.repeat(means[n], width), np.repeat(variances[n], width)
+            channel_apply(source, outer, channels, inner, centre, spread, eps, gamma, beta, target)
+
+
+def group_backward(
+    dy: Array, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
+    mean: Array, var: Array, eps: float, gamma: Array | None,
+    dx: Array, sum_dy: Array, sum_dy_xhat: Array,
+) -> None:  # fmt: skip
+    width, shape = channels // groups, (outer, channels, inner)
+    scale = np.ones(channels) if gamma is None else gamma.astype(np.float64)
+    by_channel = np.empty((2, channels))
+    sum_dy[:] = 0.0
+    sum_dy_xhat[:] = 0.0
+    means, variances = (a.reshape(samples, groups) for a in (mean, var))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for n, (dy_n, x_n, dx_n) in _samples(samples, dy, x, dx):
+            centre, spread = np.repeat(means[n], width), np.repeat(variances[n], width)
+            channel_backward_reduce(dy_n, x_n, *shape, centre, spread, eps, *by_channel)
+            sum_dy += by_channel[0]
+            sum_dy_xhat += by_channel[1]
+            sums = (scale * by_channel).reshape(2, groups, width).sum(axis=2)
+            mean_g, mean_g_xhat = np.repeat(sums / (width * outer * inner), width, axis=1)
+            rstd = _rstd(spread, eps)
+            grads, values, results = (a.reshape(shape) for a in (dy_n, x_n, dx_n))
+            for o, c, i in _blocks(*shape):
+                xhat = (values[o, c, i].astype(np.float64) - _column(centre, c, 0.0)) * _column(rstd, c, 1.0)
+                block = grads[o, c, i].astype(np.float64) * _column(scale, c, 1.0)
+                block -= _column(mean_g, c, 0.0)
+                block -= xhat * _column(mean_g_xhat, c, 0.0)
+                results[o, c, i] = block * _column(rstd, c, 1.0)
+
+
+def _row_squares(x: Array, rows: int, cols: int, squares: Array) -> None:
+    """The mean of squares of each row."""
+    x = flat(x).reshape(rows, cols)
+    squares[:] = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for _, r, k in _blocks(1, rows, cols):
+            block = x[r, k].astype(np.float64)
+            squares[r] += (block * block).sum(axis=1) / cols
+
+
+def row_forward(
+    x: Array, rows: int, cols: int,
+    gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array | None, var: Array,
+) -> None:  # fmt: skip
+    if mean is None:
+        _row_squares(x, rows, cols, var)
+        mean = np.zeros(rows)
+    else:
+        channel_moments(x, 1, rows, cols, mean, var)
     x, y = (flat(a).reshape(rows, cols) for a in (x, y))
     rstd = _rstd(var, eps)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -155,11 +223,13 @@ def row_forward(
 
 def row_backward(
     dy: Array, x: Array, rows: int, cols: int,
-    mean: Array, var: Array, eps: float, gamma: Array | None,
+    mean: Array | None, var: Array, eps: float, gamma: Array | None,
     dx: Array, dgamma: Array | None, dbeta: Array | None,
 ) -> None:  # fmt: skip
     dy, x, dx = (flat(a).reshape(rows, cols) for a in (dy, x, dx))
     rstd = _rstd(var, eps)
+    centred = mean is not None
+    mean = np.zeros(rows) if mean is None else mean
     mean_g, mean_g_xhat = np.zeros(rows), np.zeros(rows)
     for total in (dgamma, dbeta):
         if total is not None:
@@ -173,7 +243,8 @@ def row_backward(
                 dbeta[k] += grad.sum(axis=0)
             if gamma is not None:
                 grad *= gamma[k]
-            mean_g[r] += grad.sum(axis=1) / cols
+            if centred:
+                mean_g[r] += grad.sum(axis=1) / cols
             mean_g_xhat[r] += (grad * xhat).sum(axis=1) / cols
         for _, r, k in _blocks(1, rows, cols):
             grad = dy[r, k].astype(np.float64)
