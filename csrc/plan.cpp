@@ -121,6 +121,38 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   return plan;
 }
 
+std::size_t bundle_of(std::size_t samples) { return ceil_div(samples, kMaxGroups); }
+
+ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
+  const std::size_t span = shape.span(), workers = static_cast<std::size_t>(threads);
+  const std::size_t elements = shape.outer * shape.channels * shape.inner;
+  const std::size_t statistic_bytes = shape.outer * span * shape.inner * itemsize * arrays;
+  ChannelPlan plan{};
+  plan.stream = streams(shape.samples * elements * itemsize);
+  plan.passes = 1;
+  plan.slab = shape.channels;
+  if (shape.samples * elements < kSerial) return plan;
+
+  // As for single channels: slabs in half of a core's L2, if rows of a slab are long enough.
+  const Cut cut = cut_channels(shape.sample());
+  const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;
+  const std::size_t narrowest =
+      cut.side_by_side && shape.outer > 1 ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
+  if (in_l2 >= shape.channels || (cut.fold == 1 && in_l2 >= narrowest)) {
+    const std::size_t fair = std::max<std::size_t>(1, shape.samples * shape.groups / (4 * workers)) * span;
+    plan.slab = std::min({in_l2, shape.channels, std::max(fair, narrowest / span * span)});
+    return plan;
+  }
+  const std::size_t share = caches().l3 / 2 / workers;
+  // A statistic, or a sample where channels lie side by side, for each thread in its share of L3.
+  plan.slab = cut.side_by_side ? shape.channels : span;
+  const std::size_t slab_bytes = statistic_bytes / span * plan.slab;
+  if (shape.samples * (shape.channels / plan.slab) >= 4 * workers && slab_bytes <= share) return plan;
+  plan.team = true;
+  plan.passes = slab_bytes <= caches().l3 / 2 ? 1 : 2;
+  return plan;
+}
+
 RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
   const std::size_t row_bytes = shape.cols * itemsize, workers = static_cast<std::size_t>(threads);
   RowPlan plan{};

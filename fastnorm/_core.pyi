@@ -30,13 +30,22 @@ def channel_backward(
     mean: _Array, var: _Array, eps: float, gamma: _Array | None,
     dx: _Array, sum_dy: _Array, sum_dy_xhat: _Array, /,
 ) -> None: ...  # fmt: skip
+def group_forward(
+    x: _Array, samples: int, outer: int, channels: int, inner: int, groups: int,
+    gamma: _Array | None, beta: _Array | None, eps: float, y: _Array, mean: _Array, var: _Array, /,
+) -> None: ...  # fmt: skip
+def group_backward(
+    dy: _Array, x: _Array, samples: int, outer: int, channels: int, inner: int, groups: int,
+    mean: _Array, var: _Array, eps: float, gamma: _Array | None,
+    dx: _Array, sum_dy: _Array, sum_dy_xhat: _Array, /,
+) -> None: ...  # fmt: skip
 def row_forward(
     x: _Array, rows: int, cols: int,
-    gamma: _Array | None, beta: _Array | None, eps: float, y: _Array, mean: _Array, var: _Array, /,
+    gamma: _Array | None, beta: _Array | None, eps: float, y: _Array, mean: _Array | None, var: _Array, /,
 ) -> None: ...  # fmt: skip
 def row_backward(
     dy: _Array, x: _Array, rows: int, cols: int,
-    mean: _Array, var: _Array, eps: float, gamma: _Array | None,
+    mean: _Array | None, var: _Array, eps: float, gamma: _Array | None,
     dx: _Array, dgamma: _Array | None, dbeta: _Array | None, /,
 ) -> None: ...  # fmt: skip
 def dropout(x: _Array, n: int, first: int, seed: int, threshold: int, scale: float, y: _Array, /) -> None: ...

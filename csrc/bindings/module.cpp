@@ -19,6 +19,7 @@ namespace {
 
 using fastnorm::ChannelShape;
 using fastnorm::DType;
+using fastnorm::GroupShape;
 using fastnorm::RowShape;
 using std::size_t;
 
@@ -116,21 +117,46 @@ void register_channel(py::module_& m) {
   });
 }
 
-void register_row(py::module_& m) {
-  m.def("row_forward", [](Array x, size_t rows, size_t cols, Optional gamma, Optional beta, double eps, py::array y,
-                          py::array mean, py::array var) {
+void register_group(py::module_& m) {
+  m.def("group_forward", [](Array x, size_t samples, size_t outer, size_t channels, size_t inner, size_t groups,
+                            Optional gamma, Optional beta, double eps, py::array y, py::array mean, py::array var) {
     const DType d = dtype_of(x);
     const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
     void* to = y.mutable_data();
     double *to_mean = reals_out(mean), *to_var = reals_out(var);
     const py::gil_scoped_release release;
+    fastnorm::kernels().group_forward(d, from, GroupShape{samples, outer, channels, inner, groups}, scale, shift, eps,
+                                      to, to_mean, to_var);
+  });
+  m.def("group_backward",
+        [](Array dy, Array x, size_t samples, size_t outer, size_t channels, size_t inner, size_t groups, Array mean,
+           Array var, double eps, Optional gamma, py::array dx, py::array sum_dy, py::array sum_dy_xhat) {
+          const DType d = dtype_of(x);
+          const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
+          const double *centre = reals(mean), *spread = reals(var);
+          void* to = dx.mutable_data();
+          double *to_dy = reals_out(sum_dy), *to_dy_xhat = reals_out(sum_dy_xhat);
+          const py::gil_scoped_release release;
+          fastnorm::kernels().group_backward(d, grad, from, GroupShape{samples, outer, channels, inner, groups}, centre,
+                                             spread, eps, scale, to, to_dy, to_dy_xhat);
+        });
+}
+
+void register_row(py::module_& m) {
+  m.def("row_forward", [](Array x, size_t rows, size_t cols, Optional gamma, Optional beta, double eps, py::array y,
+                          Optional mean, py::array var) {
+    const DType d = dtype_of(x);
+    const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
+    void* to = y.mutable_data();
+    double *to_mean = optional_out(mean), *to_var = reals_out(var);
+    const py::gil_scoped_release release;
     fastnorm::kernels().row_forward(d, from, RowShape{rows, cols}, scale, shift, eps, to, to_mean, to_var);
   });
-  m.def("row_backward", [](Array dy, Array x, size_t rows, size_t cols, Array mean, Array var, double eps,
+  m.def("row_backward", [](Array dy, Array x, size_t rows, size_t cols, Optional mean, Array var, double eps,
                            Optional gamma, py::array dx, Optional dgamma, Optional dbeta) {
     const DType d = dtype_of(x);
     const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
-    const double *centre = reals(mean), *spread = reals(var);
+    const double *centre = static_cast<const double*>(optional(mean)), *spread = reals(var);
     void* to = dx.mutable_data();
     double *to_gamma = optional_out(dgamma), *to_beta = optional_out(dbeta);
     const py::gil_scoped_release release;
@@ -244,6 +270,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     }
   }
   register_channel(m);
+  register_group(m);
   register_row(m);
   register_dropout(m);
   register_plan(m);

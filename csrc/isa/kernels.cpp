@@ -1,5 +1,6 @@
 // One instruction set level: compiled once per level with FASTNORM_LEVEL naming its namespace.
 #include "fastnorm/dropout.hpp"
+#include "fastnorm/group.hpp"
 #include "fastnorm/row.hpp"
 
 namespace fastnorm::FASTNORM_LEVEL {
@@ -78,6 +79,16 @@ const Kernels table = {
        const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat) {
       with_type(d, [&](auto t) {
         Channel<decltype(t)>::backward(in(dy, t), in(x, t), s, mean, var, eps, gamma, to(dx, t), sum_dy, sum_dy_xhat);
+      });
+    },
+    [](DType d, const void* x, GroupShape s, const void* gamma, const void* beta, double eps, void* y, double* mean,
+       double* var) {
+      with_type(d, [&](auto t) { Group<decltype(t)>::forward(in(x, t), s, gamma, beta, eps, to(y, t), mean, var); });
+    },
+    [](DType d, const void* dy, const void* x, GroupShape s, const double* mean, const double* var, double eps,
+       const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat) {
+      with_type(d, [&](auto t) {
+        Group<decltype(t)>::backward(in(dy, t), in(x, t), s, mean, var, eps, gamma, to(dx, t), sum_dy, sum_dy_xhat);
       });
     },
     [](DType d, const void* x, RowShape s, const void* gamma, const void* beta, double eps, void* y, double* mean,

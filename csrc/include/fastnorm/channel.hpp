@@ -5,7 +5,10 @@
 //
 // Two geometries walk the memory: `Columns` where channels lie side by side, vectors across channels; `Runs` where
 // each channel is long runs of `inner` elements, vectors along a run. Both cut a channel's elements into the same
-// kind of groups; the driver here loops over slabs of channels and groups.
+// kind of groups; the driver here loops over samples, slabs of channels, and groups.
+//
+// A statistic belongs to `span` adjacent channels of one sample: BatchNorm is one sample and span 1, GroupNorm
+// (group.hpp) is what else there is. Parameters belong to channels.
 #pragma once
 
 #include <cstdlib>
@@ -61,15 +64,16 @@ struct ParallelLoop {
   }
 };
 
-// One channel-family call: which of the four passes run, on what.
+// One call of the channel family: which of the passes run, on what.
 template <class Geometry, class T>
 struct ChannelCall {
   using A = Acc<T>;
 
-  Geometry geometry;
+  Geometry geometry;  // of a sample
   ChannelPlan plan;
+  size_t samples, span;
   const T *dy, *x;
-  double *mean, *var;  // written by the moments pass, else read
+  double *mean, *var;  // one a statistic; written by the moments pass, else read
   double eps;
   const A *gamma, *beta;
   double *sum_dy, *sum_dy_xhat;  // written by the reduce pass, else read
@@ -79,15 +83,43 @@ struct ChannelCall {
   size_t channels() const { return geometry.shape.channels; }
   size_t groups() const { return geometry.cut.groups; }
 
-  // Partial results of all groups, two doubles a channel, then four coefficients a channel, then what the
-  // geometry needs for itself: per worker.
-  size_t partial_doubles() const { return 2 * groups() * plan.slab; }
+  // The same call on one sample; sums go to row `bundle` of theirs.
+  ChannelCall of_sample(size_t sample, size_t bundle) const {
+    ChannelCall one = *this;
+    const size_t elements = sample * size(), statistics = sample * (channels() / span);
+    if (dy != nullptr) one.dy += elements;
+    one.x += elements;
+    if (out != nullptr) one.out += elements;
+    one.mean += statistics;
+    one.var += statistics;
+    if (sum_dy != nullptr) {
+      one.sum_dy += bundle * channels();
+      one.sum_dy_xhat += bundle * channels();
+    }
+    return one;
+  }
+  size_t size() const { return geometry.shape.outer * channels() * geometry.shape.inner; }
+
+  // Channels that share a statistic and lie in one run, as a single channel.
+  bool joins() const { return span > 1 && geometry.shape.outer == 1; }
+  Runs<T> joined() const {
+    const ChannelShape shape{1, channels() / span, span * geometry.shape.inner};
+    return {shape, cut_channels(shape)};
+  }
+
+  // Partial results of all groups, two doubles a channel, and a mean and variance a channel, then four coefficients a
+  // channel, then what the geometry needs for itself: per worker.
+  size_t partial_doubles() const {
+    const size_t most = joins() ? std::max(groups(), joined().cut.groups) : groups();
+    return (2 * most + 2) * plan.slab;
+  }
   // Coefficients of a slab: four arrays of a value for each channel, spread as the geometry reads them.
   size_t coefficients() const { return 4 * geometry.spread_length(plan.slab); }
 
   struct Slab {
     size_t c0, c1;
-    double *first, *second;  // [groups][width]
+    double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
+    double *mean, *var;      // by channel
     Coefficients<A> k;
     size_t ahead;  // elements to the next slab of the same worker
     size_t width() const { return c1 - c0; }
@@ -97,7 +129,7 @@ struct ChannelCall {
   size_t first_slab() const {
     const size_t line = kLineBytes / sizeof(T);
     const bool alike = geometry.cut.side_by_side && channels() % line == 0;
-    if (out == nullptr || !alike || plan.slab >= channels() || plan.slab < 2 * line) return plan.slab;
+    if (out == nullptr || !alike || span > 1 || plan.slab >= channels() || plan.slab < 2 * line) return plan.slab;
     return plan.slab - reinterpret_cast<std::uintptr_t>(out) % kLineBytes / sizeof(T);
   }
   size_t slabs() const {
@@ -105,55 +137,92 @@ struct ChannelCall {
     return channels() <= first ? 1 : 1 + (channels() - first + plan.slab - 1) / plan.slab;
   }
 
-  Slab slab_at(size_t index, bool last, double* partials, A* coefficients) const {
+  size_t first_channel(size_t slab) const { return slab == 0 ? 0 : first_slab() + (slab - 1) * plan.slab; }
+  size_t start_of(size_t slab) const { return first_channel(slab) * geometry.shape.inner; }
+
+  Slab slab_at(size_t index, size_t ahead, double* partials, A* coefficients) const {
     Slab s{};
-    s.c0 = index == 0 ? 0 : first_slab() + (index - 1) * plan.slab;
+    s.c0 = first_channel(index);
     s.c1 = std::min(channels(), first_slab() + index * plan.slab);
-    s.first = partials;
-    s.second = partials + groups() * plan.slab;
+    s.mean = span == 1 ? mean + s.c0 : partials;
+    s.var = span == 1 ? var + s.c0 : partials + plan.slab;
+    s.first = partials + 2 * plan.slab;
+    s.second = partials + partial_doubles() / 2 + plan.slab;
     const size_t room = geometry.spread_length(plan.slab);
     s.k = {coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
-    s.ahead = last ? kReadAhead : s.width() * geometry.shape.inner;
+    s.ahead = ahead;
     return s;
   }
 
+  // mean and var of the slab's statistics.
   template <class Loop>
   void moments(const Slab& s, Loop loop, A* workspace) const {
-    const size_t width = s.width();
-    loop(groups(), [&](size_t g, int worker) {
-      geometry.moments(x, g, s.c0, s.c1, s.first + g * width, s.second + g * width,
-                       workspace + static_cast<size_t>(worker) * Geometry::kWorkspace);
+    const size_t first = s.c0 / span, count = s.width() / span;
+    if (joins()) {
+      const double n = channel_moments(joined(), first, first + count, s, loop, workspace);
+      for (size_t i = 0; i < count; ++i) keep(first + i, {n, s.first[i], s.second[i]});
+      return;
+    }
+    const double n = channel_moments(geometry, s.c0, s.c1, s, loop, workspace);
+    for (size_t i = 0; i < count; ++i) {
+      Moments merged{n, s.first[i * span], s.second[i * span]};
+      for (size_t c = i * span + 1; c < (i + 1) * span; ++c) merged = merge(merged, {n, s.first[c], s.second[c]});
+      keep(first + i, merged);
+    }
+  }
+
+  void keep(size_t statistic, const Moments& m) const {
+    mean[statistic] = m.mean;
+    var[statistic] = m.m2 / m.n;
+  }
+
+  // Mean and m2 of channels [c0, c1) into the slab's first row; returns their count.
+  template <class Walk, class Loop>
+  double channel_moments(const Walk& walk, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
+    const size_t width = c1 - c0, groups = walk.cut.groups;
+    loop(groups, [&](size_t g, int worker) {
+      walk.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
+                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace);
     });
-    double *to_mean = mean + s.c0, *to_var = var + s.c0;
-    std::copy_n(s.first, width, to_mean);
-    std::copy_n(s.second, width, to_var);
-    double n = geometry.count(0);
-    for (size_t g = 1; g < groups(); ++g) {
-      const double more = geometry.count(g), share = more / (n + more);
+    double n = walk.count(0);
+    for (size_t g = 1; g < groups; ++g) {
+      const double more = walk.count(g), share = more / (n + more);
       for (size_t c = 0; c < width; ++c) {
-        const double delta = s.first[g * width + c] - to_mean[c];
-        to_mean[c] += delta * share;
-        to_var[c] += s.second[g * width + c] + delta * delta * (n * share);
+        const double delta = s.first[g * width + c] - s.first[c];
+        s.first[c] += delta * share;
+        s.second[c] += s.second[g * width + c] + delta * delta * (n * share);
       }
       n += more;
     }
-    for (size_t c = 0; c < width; ++c) to_var[c] /= n;
+    return n;
+  }
+
+  // Statistics to one a channel, where several channels share one.
+  void expand(const Slab& s) const {
+    if (span == 1) return;
+    for (size_t i = 0; i < s.width() / span; ++i) {
+      std::fill_n(s.mean + i * span, span, mean[s.c0 / span + i]);
+      std::fill_n(s.var + i * span, span, var[s.c0 / span + i]);
+    }
   }
 
   // Last group first: what the pass before has just read is still in cache.
   template <class Loop>
   void apply(const Slab& s, Loop loop) const {
-    forward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr,
+    expand(s);
+    forward_coefficients(s.k, s.width(), s.mean, s.var, eps, gamma ? gamma + s.c0 : nullptr,
                          beta ? beta + s.c0 : nullptr);
     for (A* values : {s.k.centre, s.k.scale, s.k.shift}) geometry.spread(values, s.width());
     loop(groups(),
          [&](size_t i, int) { geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead); });
   }
 
+  // sum(dy) and sum(dy*xhat) of each channel into the slab's first row.
   template <class Loop>
   void reduce(const Slab& s, Loop loop, A* workspace) const {
     const size_t width = s.width();
-    for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(mean[s.c0 + c]);
+    expand(s);
+    for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
     geometry.spread(s.k.centre, width);
     loop(groups(), [&](size_t g, int worker) {
       geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
@@ -165,50 +234,85 @@ struct ChannelCall {
         grads += s.first[g * width + c];
         products += s.second[g * width + c];
       }
-      const double m = mean[s.c0 + c], rest = m - static_cast<double>(static_cast<A>(m));
-      sum_dy[s.c0 + c] = grads;
-      sum_dy_xhat[s.c0 + c] = rstd_of(var[s.c0 + c], eps) * (products - rest * grads);
+      const double m = s.mean[c], rest = m - static_cast<double>(static_cast<A>(m));
+      s.first[c] = grads;
+      s.second[c] = rstd_of(s.var[c], eps) * (products - rest * grads);
+    }
+  }
+
+  // Adds the slab's first row to the sums over samples.
+  void add_sums(const Slab& s) const {
+    for (size_t c = 0; c < s.width(); ++c) {
+      sum_dy[s.c0 + c] += s.first[c];
+      sum_dy_xhat[s.c0 + c] += s.second[c];
     }
   }
 
   template <class Loop>
   void backward_apply(const Slab& s, Loop loop) const {
-    backward_coefficients(s.k, s.width(), mean + s.c0, var + s.c0, eps, gamma ? gamma + s.c0 : nullptr, sum_dy + s.c0,
+    backward_coefficients(s.k, s.width(), s.mean, s.var, eps, gamma ? gamma + s.c0 : nullptr, sum_dy + s.c0,
                           sum_dy_xhat + s.c0, divisor);
-    for (A* values : {s.k.centre, s.k.scale, s.k.shift, s.k.descent}) geometry.spread(values, s.width());
+    write_dx<ScaledDescent>(s, loop);
+  }
+
+  // As `backward_apply`, from the slab's first row, where channels share statistics and gradients add up over them.
+  template <class Loop>
+  void shared_backward_apply(const Slab& s, Loop loop) const {
+    shared_coefficients(s.k, s.width(), span, s.mean, s.var, eps, gamma ? gamma + s.c0 : nullptr, s.first, s.second,
+                        divisor);
+    write_dx<SharedDescent>(s, loop);
+  }
+
+  template <class Form, class Loop>
+  void write_dx(const Slab& s, Loop loop) const {
+    for (A* values : {s.k.centre, s.k.scale, s.k.shift, s.k.slope}) geometry.spread(values, s.width());
     loop(groups(), [&](size_t i, int) {
-      geometry.backward_apply(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
+      geometry.template backward_apply<Form>(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
     });
   }
 
-  // passes(slab, loop, workspace) runs the passes of this call on one slab.
+  // passes(call, slab, loop, workspace) runs the passes of this call on one slab of one sample. A task takes some slabs
+  // of a bundle of samples, in the order of memory.
   template <class Passes>
   void run(Passes passes) const {
-    const size_t slabs = this->slabs();
+    const size_t slabs = this->slabs(), bundle = bundle_of(samples), bundles = (samples + bundle - 1) / bundle;
     const size_t workers = static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
     Workspace<double> partials(sets * partial_doubles());
     Workspace<A> rest(sets * coefficients() + workers * Geometry::kWorkspace);
     A* workspace = rest.data() + sets * coefficients();
-    if (plan.team) {
-      for (size_t i = 0; i < slabs; ++i)
-        passes(slab_at(i, i + 1 == slabs, partials.data(), rest.data()), ParallelLoop{}, workspace);
-      return;
-    }
-    const size_t per_task = std::clamp<size_t>(slabs / (4 * workers), 1, 16);
-    const auto some = [&](size_t task, int worker) {
-      const size_t w = static_cast<size_t>(worker), end = std::min(slabs, (task + 1) * per_task);
-      for (size_t i = task * per_task; i < end; ++i)
-        passes(slab_at(i, i + 1 == end, partials.data() + w * partial_doubles(), rest.data() + w * coefficients()),
-               SerialLoop{worker}, workspace);
+    const size_t per_task = plan.team ? slabs : std::clamp<size_t>(bundles * slabs / (4 * workers), 1, 16);
+    const size_t tasks_a_bundle = (slabs + per_task - 1) / per_task;
+    const auto some = [&](size_t task, int worker, auto loop) {
+      const size_t b = task / tasks_a_bundle, first = task % tasks_a_bundle * per_task;
+      const size_t w = static_cast<size_t>(worker), end = std::min(slabs, first + per_task),
+                   last = std::min(samples, (b + 1) * bundle);
+      double* partial = partials.data() + w * partial_doubles();
+      A* lines = rest.data() + w * coefficients();
+      for (size_t n = b * bundle; n < last; ++n)
+        for (size_t i = first; i < end; ++i) {
+          const bool final = i + 1 == end;
+          const size_t to_next_sample = size() - start_of(i) + start_of(first);
+          const size_t ahead = !final ? start_of(i + 1) - start_of(i) : n + 1 < last ? to_next_sample : kReadAhead;
+          const ChannelCall one = of_sample(n, b);
+          passes(one, one.slab_at(i, ahead, partial, lines), loop, workspace);
+        }
     };
-    const size_t tasks = (slabs + per_task - 1) / per_task;
-    if (geometry.shape.outer * channels() * geometry.shape.inner < kSerial)
-      SerialLoop{0}(tasks, some);
+    const size_t tasks = bundles * tasks_a_bundle;
+    const auto alone = [&](size_t task, int worker) { some(task, worker, SerialLoop{worker}); };
+    if (plan.team)
+      for (size_t task = 0; task < tasks; ++task) some(task, 0, ParallelLoop{});
+    else if (samples * size() < kSerial)
+      SerialLoop{0}(tasks, alone);
     else
-      parallel_for(tasks, some);
+      parallel_for(tasks, alone);
   }
 };
+
+inline void clear(double* sum_dy, double* sum_dy_xhat, size_t channels) {
+  std::fill_n(sum_dy, channels, 0.0);
+  std::fill_n(sum_dy_xhat, channels, 0.0);
+}
 
 // Calls f(geometry) with the one that fits the shape.
 template <class T, class F>
@@ -230,10 +334,22 @@ struct Channel {
                    Passes passes) {
     const ChannelPlan plan = plan_channels(shape, sizeof(T), arrays, num_threads());
     with_geometry<T>(shape, [&](auto geometry) {
-      const ChannelCall<decltype(geometry), T> call{
-          geometry, plan,        dy,      x,  mean, var, eps, static_cast<const A*>(gamma), static_cast<const A*>(beta),
-          sum_dy,   sum_dy_xhat, divisor, out};
-      call.run([&](const auto& slab, auto loop, A* workspace) { passes(call, slab, loop, workspace); });
+      const ChannelCall<decltype(geometry), T> call{geometry,
+                                                    plan,
+                                                    1,
+                                                    1,
+                                                    dy,
+                                                    x,
+                                                    mean,
+                                                    var,
+                                                    eps,
+                                                    static_cast<const A*>(gamma),
+                                                    static_cast<const A*>(beta),
+                                                    sum_dy,
+                                                    sum_dy_xhat,
+                                                    divisor,
+                                                    out};
+      call.run(passes);
     });
   }
 
@@ -256,8 +372,12 @@ struct Channel {
   }
   static void reduce(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                      double* sum_dy, double* sum_dy_xhat) {
+    clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
-         sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) { c.reduce(s, loop, w); });
+         sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.reduce(s, loop, w);
+           c.add_sums(s);
+         });
   }
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
                              double eps, const void* gamma, const double* sum_dy, const double* sum_dy_xhat,
@@ -268,9 +388,11 @@ struct Channel {
   }
   static void backward(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                        const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
+    clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
          static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
            c.reduce(s, loop, w);
+           c.add_sums(s);
            c.backward_apply(s, loop);
          });
   }

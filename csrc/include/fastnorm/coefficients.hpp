@@ -10,10 +10,26 @@ namespace fastnorm::FASTNORM_LEVEL {
 
 // What the elementwise passes need of each channel, in the accumulation dtype. With mean = centre + rest
 // exactly, forward:  y = (x - centre)*scale + shift,    scale = gamma*rstd, shift = beta - rest*scale;
-// backward: dx = scale*((dy - offset) + (x - centre)*descent).
+// backward: one of the forms below, with a slope as well.
 template <class A>
 struct Coefficients {
-  A *centre, *scale, *shift, *descent;  // `shift` doubles as `offset`
+  A *centre, *scale, *shift, *slope;
+};
+
+// dx where a channel has statistics of its own: gamma is a factor of all. One value a channel gives exactly 0.
+struct ScaledDescent {
+  template <class V>
+  FASTNORM_INLINE static V dx(V dy, V centred, V scale, V shift, V slope) {
+    return scale * mul_add(centred, slope, dy - shift);
+  }
+};
+
+// dx where channels share them: gamma, which may be 0, is a factor of dy alone.
+struct SharedDescent {
+  template <class V>
+  FASTNORM_INLINE static V dx(V dy, V centred, V scale, V shift, V slope) {
+    return mul_add(scale, dy, mul_add(centred, slope, shift));
+  }
 };
 
 // The pointers are restricted so that the loops vectorize: a square root and a division each take 20 cycles alone.
@@ -36,17 +52,42 @@ template <class A>
 inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
                                   const double* __restrict var, double eps, const A* __restrict gamma,
                                   const double* __restrict sum_dy, const double* __restrict sum_dy_xhat, double count) {
-  A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict offsets = to.shift, * __restrict descents = to.descent;
+  A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict shifts = to.shift, * __restrict slopes = to.slope;
   const double share = 1.0 / count;
   for (size_t c = 0; c < n; ++c) {
     const A centre = static_cast<A>(mean[c]);
     const double rstd = rstd_of(var[c], eps);
-    const double descent = -rstd * sum_dy_xhat[c] * share;
+    const double slope = -rstd * sum_dy_xhat[c] * share;
     const double rest = mean[c] - static_cast<double>(centre);
     centres[c] = centre;
     scales[c] = static_cast<A>(rstd * (gamma ? static_cast<double>(gamma[c]) : 1.0));
-    offsets[c] = static_cast<A>(sum_dy[c] * share + rest * descent);
-    descents[c] = static_cast<A>(descent);
+    shifts[c] = static_cast<A>(sum_dy[c] * share + rest * slope);
+    slopes[c] = static_cast<A>(slope);
+  }
+}
+
+// The sums of dy and dy*xhat of each channel to the coefficients of dx; `count` elements share a statistic, those of
+// `span` channels. A value that has one for itself gets exactly 0.
+template <class A>
+inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* mean, const double* var,
+                                double eps, const A* gamma, const double* sum_dy, const double* sum_dy_xhat,
+                                double count) {
+  const double share = 1.0 / count;
+  for (size_t first = 0; first < n; first += span) {
+    const A centre = static_cast<A>(mean[first]);
+    const double rest = mean[first] - static_cast<double>(centre);
+    const double rstd = count > 1.0 ? rstd_of(var[first], eps) : 0.0;
+    double sum_g = 0, sum_g_xhat = 0;
+    for (size_t c = first; c < first + span; ++c) {
+      const double gain = gamma ? static_cast<double>(gamma[c]) : 1.0;
+      sum_g += gain * sum_dy[c];
+      sum_g_xhat += gain * sum_dy_xhat[c];
+      to.scale[c] = static_cast<A>(rstd * gain);
+    }
+    const double slope = -rstd * rstd * sum_g_xhat * share;
+    std::fill_n(to.centre + first, span, centre);
+    std::fill_n(to.shift + first, span, static_cast<A>(-rstd * sum_g * share - rest * slope));
+    std::fill_n(to.slope + first, span, static_cast<A>(slope));
   }
 }
 

@@ -226,15 +226,15 @@ struct Columns {
     });
   }
 
+  template <class Form>
   void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
                       bool past_cache, size_t ahead) const {
     Writer<T> writer(past_cache);
     over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
       writer.run(dx + at, n, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
                  [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-                   const Vector<A> centred = how.load(x + at + c) - how.load(k.centre + c);
-                   return how.load(k.scale + c) *
-                          mul_add(centred, how.load(k.descent + c), how.load(dy + at + c) - how.load(k.shift + c));
+                   return Form::dx(how.load(dy + at + c), how.load(x + at + c) - how.load(k.centre + c),
+                                   how.load(k.scale + c), how.load(k.shift + c), how.load(k.slope + c));
                  });
     });
   }

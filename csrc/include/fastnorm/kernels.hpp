@@ -22,6 +22,13 @@ struct ChannelShape {
   std::size_t outer, channels, inner;
 };
 
+// Samples of such blocks; in each, a statistic for channels/groups adjacent channels.
+struct GroupShape {
+  std::size_t samples, outer, channels, inner, groups;
+  ChannelShape sample() const { return {outer, channels, inner}; }
+  std::size_t span() const { return channels / groups; }
+};
+
 struct RowShape {
   std::size_t rows, cols;
 };
@@ -41,6 +48,11 @@ struct Kernels {
                                  const double* sum_dy_xhat, double count, void* dx);
   void (*channel_backward)(DType, const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
                            double eps, const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
+  void (*group_forward)(DType, const void* x, GroupShape, const void* gamma, const void* beta, double eps, void* y,
+                        double* mean, double* var);
+  void (*group_backward)(DType, const void* dy, const void* x, GroupShape, const double* mean, const double* var,
+                         double eps, const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
+  // mean is null for rows that are not centred
   void (*row_forward)(DType, const void* x, RowShape, const void* gamma, const void* beta, double eps, void* y,
                       double* mean, double* var);
   void (*row_backward)(DType, const void* dy, const void* x, RowShape, const double* mean, const double* var,

@@ -93,4 +93,16 @@ FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, si
   return {n, static_cast<double>(pivot[0]) + d.sum * share, m2 < 0.0 ? 0.0 : m2};
 }
 
+// The same around 0, of one run: the mean of squares for a variance.
+template <class T>
+FASTNORM_INLINE Moments block_squares(const T* x, size_t length) {
+  using A = Acc<T>;
+  Vector<A> squares[4] = {};
+  sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
+    const Vector<A> value = how.load(x + i);
+    squares[k] = mul_add(value, value, squares[k]);
+  });
+  return {static_cast<double>(length), 0.0, total<A>(combined(squares))};
+}
+
 }  // namespace fastnorm::FASTNORM_LEVEL

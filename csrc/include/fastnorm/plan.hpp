@@ -70,6 +70,12 @@ struct ChannelPlan {
 // `arrays` is the number of arrays read: 1 forward, 2 backward.
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
+// The same for samples of channels that share statistics; `slab` channels of one sample.
+ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads);
+
+// Samples whose sums over channels are added up by one thread, in order.
+std::size_t bundle_of(std::size_t samples);
+
 struct RowPlan {
   bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
   std::size_t rows;    // that go through all passes before the next ones

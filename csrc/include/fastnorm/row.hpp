@@ -4,7 +4,8 @@
 //            dx[r][k]  = rstd[r]*(g - mean(g) - xhat*mean(g*xhat)),  g = dy*gamma
 //            dgamma[k] = sum over r of dy*xhat,  dbeta[k] = sum over r of dy
 //
-// A row's statistics are those of a channel of (1, rows, cols); only the affine map differs.
+// A row's statistics are those of a channel of (1, rows, cols); only the affine map differs. Where `mean` is null, rows
+// are not centred: mean and mean(g) count as 0, and var is the mean of squares.
 #pragma once
 
 #include "fastnorm/channel.hpp"
@@ -56,8 +57,9 @@ struct Row {
     const size_t groups = runs.cut.groups;
     const RowPlan plan = plan_rows(shape, sizeof(T), 1, num_threads());
 
+    const bool centred = mean != nullptr;
     const auto keep = [&](size_t row, const Moments& m) {
-      mean[row] = m.mean;
+      if (centred) mean[row] = m.mean;
       var[row] = variance(m);
     };
 
@@ -65,7 +67,7 @@ struct Row {
       const Workspace<Moments> partial(groups);
       const size_t per_group = runs.cut.per_group * runs.cut.piece;
       for (size_t row = 0; row < shape.rows; ++row) {
-        parallel_for(groups, [&](size_t g, int) { partial.data()[g] = runs.group_moments(x, g, row); });
+        parallel_for(groups, [&](size_t g, int) { partial.data()[g] = runs.group_moments(x, g, row, centred); });
         Moments m{};
         for (size_t g = 0; g < groups; ++g) m = merge(m, partial.data()[g]);
         keep(row, m);
@@ -86,7 +88,7 @@ struct Row {
       }
       for (size_t row = first; row < last; ++row) {
         Moments m{};
-        for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row));
+        for (size_t g = 0; g < groups; ++g) m = merge(m, runs.group_moments(x, g, row, centred));
         keep(row, m);
         apply(writer, x + row * shape.cols, y + row * shape.cols, 0, shape.cols, m.mean, var[row], eps, gamma, beta,
               row + 1 < last ? plan.ahead : kReadAhead);
@@ -100,14 +102,19 @@ struct Row {
                                  const RowPlan& plan, const Parameter<A>& gamma, const Parameter<A>& beta, double eps,
                                  T* y, double* mean, double* var) {
     const auto measure = [&](size_t row) FASTNORM_INLINE_LAMBDA {
-      const Moments m = block_moments(x + row * cols, 1, cols, cols);
+      const T* from = x + row * cols;
+      if (mean == nullptr) {
+        var[row] = variance(block_squares(from, cols));
+        return;
+      }
+      const Moments m = block_moments(from, 1, cols, cols);
       mean[row] = m.mean;
       var[row] = variance(m);
     };
     for (size_t row = first; row < std::min(last, first + plan.before); ++row) measure(row);
     for (size_t row = first; row < last; ++row) {
       if (row + plan.before < last) measure(row + plan.before);
-      apply(writer, x + row * cols, y + row * cols, 0, cols, mean[row], var[row], eps, gamma, beta,
+      apply(writer, x + row * cols, y + row * cols, 0, cols, mean ? mean[row] : 0.0, var[row], eps, gamma, beta,
             row * cols + plan.ahead < last * cols ? plan.ahead : kReadAhead);
     }
   }
@@ -216,9 +223,12 @@ struct Row {
         Known rows[kSweep];
         Sums along[kSweep] = {};
         const size_t left = last - row;
-        for (size_t r = 0; r < std::min(kSweep, left); ++r) rows[r] = known(mean[row + r], var[row + r], eps);
+        for (size_t r = 0; r < std::min(kSweep, left); ++r)
+          rows[r] = known(mean ? mean[row + r] : 0.0, var[row + r], eps);
         const size_t at = row * cols;
         const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
+        if (mean == nullptr)
+          for (Sums& sum : along) sum.g = 0;
         for (size_t r = 0; r < done; ++r)
           write_dx(writer, dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r],
                    gamma, row + done < last ? plan.ahead : kReadAhead);
@@ -265,7 +275,7 @@ struct Row {
     size_t summed = 0;  // rows in gamma_sums and beta_sums
     for (size_t first = 0; first < shape.rows; first += plan.rows) {
       const size_t n = std::min(plan.rows, shape.rows - first);
-      for (size_t r = 0; r < n; ++r) rows.data()[r] = known(mean[first + r], var[first + r], eps);
+      for (size_t r = 0; r < n; ++r) rows.data()[r] = known(mean ? mean[first + r] : 0.0, var[first + r], eps);
       summed += n;
       const bool full = summed >= kTaskRows || first + n == shape.rows;
       parallel_for(pieces, [&](size_t piece, int) {
@@ -292,6 +302,7 @@ struct Row {
           sum.g += partial.data()[r * pieces + piece].g;
           sum.gx += partial.data()[r * pieces + piece].gx;
         }
+        if (mean == nullptr) sum.g = 0;
         along.data()[r] = sum;
       }
       parallel_for(pieces, [&](size_t i, int) {

@@ -29,13 +29,13 @@ struct Runs {
     return static_cast<double>(n);
   }
 
-  // Channel c over group g, its blocks merged in order.
-  Moments group_moments(const T* x, size_t g, size_t c) const {
-    if (cut.units == 1) return block_moments(x + c * shape.inner, shape.outer, stride(), shape.inner);
+  // Channel c of rows that lie in one run each, over group g, its blocks merged in order; around 0 unless `centred`.
+  Moments group_moments(const T* x, size_t g, size_t c, bool centred) const {
     Moments m{};
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
-      m = merge(m, block_moments(x + place(u, c), u.rows, stride(), u.length));
+      const T* block = x + place(u, c);
+      m = merge(m, centred ? block_moments(block, u.rows, stride(), u.length) : block_squares(block, u.length));
     }
     return m;
   }
@@ -101,15 +101,16 @@ struct Runs {
     }
   }
 
+  template <class Form>
   void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
                       bool past_cache, size_t ahead) const {
     Writer<T> writer(past_cache);
     over_runs(g, c0, c1, [&](size_t at, size_t n, size_t c) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> centre = broadcast(k.centre[c]), scale = broadcast(k.scale[c]), offset = broadcast(k.shift[c]),
-                      descent = broadcast(k.descent[c]);
+      const Vector<A> centre = broadcast(k.centre[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]),
+                      slope = broadcast(k.slope[c]);
       writer.run(dx + at, n, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
                  [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
-                   return scale * mul_add(how.load(x + at + j) - centre, descent, how.load(dy + at + j) - offset);
+                   return Form::dx(how.load(dy + at + j), how.load(x + at + j) - centre, scale, shift, slope);
                  });
     });
   }

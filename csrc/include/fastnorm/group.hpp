@@ -1,0 +1,74 @@
+// GroupNorm and InstanceNorm: the channel family with statistics of each sample, shared by adjacent channels.
+//
+//   scalar:  y  = (x - mean[n][c/span])*rstd[n][c/span]*gamma[c] + beta[c]
+//            dx = rstd*(g - mean(g) - xhat*mean(g*xhat)),  g = dy*gamma, means over a statistic's elements
+//            sum_dy[c] = sum over samples of dy,  sum_dy_xhat[c] = sum over samples of dy*xhat
+#pragma once
+
+#include "fastnorm/channel.hpp"
+
+namespace fastnorm::FASTNORM_LEVEL {
+
+template <class T>
+struct Group {
+  using A = Acc<T>;
+
+  template <class Passes>
+  static void call(const GroupShape& shape, size_t arrays, const T* dy, const T* x, double* mean, double* var,
+                   double eps, const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, T* out,
+                   Passes passes) {
+    const ChannelPlan plan = plan_groups(shape, sizeof(T), arrays, num_threads());
+    const double count = static_cast<double>(shape.span() * shape.outer * shape.inner);
+    with_geometry<T>(shape.sample(), [&](auto geometry) {
+      const ChannelCall<decltype(geometry), T> call{geometry,
+                                                    plan,
+                                                    shape.samples,
+                                                    shape.span(),
+                                                    dy,
+                                                    x,
+                                                    mean,
+                                                    var,
+                                                    eps,
+                                                    static_cast<const A*>(gamma),
+                                                    static_cast<const A*>(beta),
+                                                    sum_dy,
+                                                    sum_dy_xhat,
+                                                    count,
+                                                    out};
+      call.run(passes);
+    });
+  }
+
+  static void forward(const T* x, const GroupShape& shape, const void* gamma, const void* beta, double eps, T* y,
+                      double* mean, double* var) {
+    call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, y,
+         [](const auto& c, const auto& s, auto loop, A* w) {
+           c.moments(s, loop, w);
+           c.apply(s, loop);
+         });
+  }
+
+  static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
+                       double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
+    const size_t bundle = bundle_of(shape.samples), bundles = (shape.samples + bundle - 1) / bundle;
+    const size_t channels = shape.channels;
+    // Sums of each bundle of samples.
+    const Workspace<double> partial(2 * bundles * channels);
+    double *by_bundle = partial.data(), *by_bundle_xhat = by_bundle + bundles * channels;
+    std::fill_n(by_bundle, 2 * bundles * channels, 0.0);
+    call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, by_bundle,
+         by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.reduce(s, loop, w);
+           c.add_sums(s);
+           c.shared_backward_apply(s, loop);
+         });
+    clear(sum_dy, sum_dy_xhat, channels);
+    for (size_t b = 0; b < bundles; ++b)
+      for (size_t c = 0; c < channels; ++c) {
+        sum_dy[c] += by_bundle[b * channels + c];
+        sum_dy_xhat[c] += by_bundle_xhat[b * channels + c];
+      }
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_LEVEL
