@@ -27,6 +27,8 @@ __all__ = [
     "channel_forward",
     "channel_moments",
     "dropout",
+    "group_backward",
+    "group_forward",
     "row_backward",
     "row_forward",
     "set_num_threads",
@@ -91,13 +93,14 @@ def _columns_forward(
 
 def _columns_backward(
     steps: int, dy: Array, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
-    gamma: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+    gamma: Array | None, gain: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
 ) -> None:  # fmt: skip
     channels, period, grid = sizes[1], sizes[1] * sizes[2], _columns.grid(*sizes)
     parts = np.empty((2, grid[4] * channels))
-    lines, columns = (np.empty(4 * n, _accumulation(x)) for n in (channels, period * grid[2] + 64))
+    lines, columns = (np.empty(5 * n, _accumulation(x)) for n in (channels, period * grid[2] + 64))
+    factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
     arguments = (
-        *parts, mean, var, eps, *_parameter(gamma, x, 1.0), sum_dy, sum_dy_xhat, count, lines, columns,
+        *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns,
         _plan.past_cache(x.nbytes),
     )  # fmt: skip
     for launch in _plan.of_columns(steps, sizes, grid, x.itemsize, 2, threads()):
@@ -106,17 +109,19 @@ def _columns_backward(
 
 
 def _runs_forward(
-    steps: int, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float, y: Array,
+    steps: int, x: Array, sizes: _plan.Sizes, mean: Array | None, var: Array, eps: float, y: Array,
     by_run: tuple[Array | None, Array | None] = (None, None),
     by_column: tuple[Array | None, Array | None] = (None, None),
 ) -> None:  # fmt: skip
     channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
+    centred = mean is not None
+    mean = np.zeros(channels) if mean is None else mean
     parts = (mean, var) if tiles[4] == 1 else np.empty((2, channels * tiles[4]))
     lines = np.empty(3 * channels, _accumulation(x))
     of_runs, of_columns = (
         (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0)) for gamma, beta in (by_run, by_column)
     )
-    arguments = (*parts, mean, var, eps, of_runs, lines, of_columns, _plan.past_cache(x.nbytes))
+    arguments = (*parts, mean, var, centred, eps, of_runs, lines, of_columns, _plan.past_cache(x.nbytes))
     for launch in _plan.of_runs(steps, sizes, tiles, x.itemsize, 1, threads()):
         _runs.forward(
             x.size, launch.tasks, x, y, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
@@ -125,13 +130,14 @@ def _runs_forward(
 
 def _runs_backward(
     steps: int, dy: Array, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
-    gamma: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+    gamma: Array | None, gain: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
 ) -> None:  # fmt: skip
     channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
     parts = np.empty((2, channels * tiles[4]))
-    lines = np.empty(4 * channels, _accumulation(x))
+    lines = np.empty(5 * channels, _accumulation(x))
+    factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
     arguments = (
-        *parts, mean, var, eps, *_parameter(gamma, x, 1.0), sum_dy, sum_dy_xhat, count, lines,
+        *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines,
         _plan.past_cache(x.nbytes),
     )  # fmt: skip
     for launch in _plan.of_runs(steps, sizes, tiles, x.itemsize, 2, threads()):
@@ -177,7 +183,7 @@ def channel_backward_reduce(
 ) -> None:  # fmt: skip
     way = _columns_backward if _by_columns(outer, inner) else _runs_backward
     way(
-        SUMS | FINISH, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps, None,
+        SUMS | FINISH, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps, None, None,
         sum_dy, sum_dy_xhat, 1.0, _storage(dy),
     )  # fmt: skip
 
@@ -190,7 +196,7 @@ def channel_backward_apply(
     way = _columns_backward if _by_columns(outer, inner) else _runs_backward
     way(
         COEFFICIENTS | WRITE, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps,
-        gamma, _plain(sum_dy), _plain(sum_dy_xhat), float(count), _storage(dx),
+        gamma, None, _plain(sum_dy), _plain(sum_dy_xhat), float(count), _storage(dx),
     )  # fmt: skip
 
 
@@ -201,14 +207,80 @@ def channel_backward(
 ) -> None:  # fmt: skip
     way = _columns_backward if _by_columns(outer, inner) else _runs_backward
     way(
-        ALL, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps, gamma,
+        ALL, _storage(dy), _storage(x), (outer, channels, inner), _plain(mean), _plain(var), eps, gamma, None,
         sum_dy, sum_dy_xhat, float(outer * inner), _storage(dx),
     )  # fmt: skip
 
 
+def _merged(mean: Array, var: Array, statistics: int) -> tuple[Array, Array]:
+    """Mean and var of adjacent channels together, in equal numbers: `statistics` of them."""
+    mean, var = mean.reshape(statistics, -1), var.reshape(statistics, -1)
+    merged = mean[:, 0] + (mean - mean[:, :1]).mean(axis=1)  # exact for equal ones
+    between = mean - merged[:, None]
+    return merged, (var + between * between).mean(axis=1)
+
+
+def _samples(samples: int, outer: int, *arrays: Array) -> tuple[int, list[list[Array]]]:
+    """Into how many blocks the samples fall that a call of the channel family takes at once, and the arrays of each.
+
+    All of them where channels come first, since those of two samples are channels like any others.
+    """
+    blocks = 1 if outer == 1 else samples
+    return blocks, [list(parts) for parts in zip(*(array.reshape(blocks, -1) for array in arrays), strict=True)]
+
+
+def group_forward(
+    x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
+    gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    span = channels // groups
+    blocks, parts = _samples(samples, outer, _storage(x), _storage(y), mean, var)
+    together = samples // blocks
+    gamma, beta = (None if values is None else np.tile(values, together) for values in (gamma, beta))
+    for x_part, y_part, mean_part, var_part in parts:
+        x_part, y_part = (a.view(x.dtype) for a in (x_part, y_part))
+        if outer == 1:  # the channels of a group lie in one run
+            channel_moments(x_part, 1, samples * groups, span * inner, mean_part, var_part)
+        else:
+            centre, spread = np.empty((2, channels))
+            channel_moments(x_part, outer, channels, inner, centre, spread)
+            with np.errstate(invalid="ignore", over="ignore"):
+                mean_part[:], var_part[:] = _merged(centre, spread, groups)
+        shared = np.repeat(mean_part, span), np.repeat(var_part, span)
+        channel_apply(x_part, outer, together * channels, inner, *shared, eps, gamma, beta, y_part)
+
+
+def group_backward(
+    dy: Array, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
+    mean: Array, var: Array, eps: float, gamma: Array | None,
+    dx: Array, sum_dy: Array, sum_dy_xhat: Array,
+) -> None:  # fmt: skip
+    span = channels // groups
+    count = float(outer * span * inner)
+    blocks, parts = _samples(samples, outer, _storage(dy), _storage(x), _storage(dx), mean, var)
+    together = samples // blocks
+    sizes = (outer, together * channels, inner)
+    way = _columns_backward if _by_columns(outer, inner) else _runs_backward
+    sum_dy[:], sum_dy_xhat[:] = 0.0, 0.0
+    gain = None if gamma is None else np.tile(gamma, together)
+    for dy_part, x_part, dx_part, mean_part, var_part in parts:
+        by_channel = np.empty((2, together * channels))
+        sum_part, sum_xhat_part = by_channel
+        shared = np.repeat(mean_part, span), np.repeat(var_part, span)
+        way(SUMS | FINISH, dy_part, x_part, sizes, *shared, eps, None, None, sum_part, sum_xhat_part, 1.0, dy_part)
+        with np.errstate(invalid="ignore", over="ignore"):
+            by_sample = by_channel.reshape(2, together, channels).sum(axis=1)
+            sum_dy += by_sample[0]
+            sum_dy_xhat += by_sample[1]
+            if gain is not None:
+                by_channel *= gain
+            sums, sums_xhat = np.repeat(by_channel.reshape(2, -1, span).sum(axis=2), span, axis=1)
+        way(COEFFICIENTS | WRITE, dy_part, x_part, sizes, *shared, eps, None, gain, sums, sums_xhat, count, dx_part)
+
+
 def row_forward(
     x: Array, rows: int, cols: int,
-    gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
+    gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array | None, var: Array,
 ) -> None:  # fmt: skip
     x, y = _storage(x), _storage(y)
     _runs_forward(ALL, x, (1, rows, cols), mean, var, eps, y, by_column=(gamma, beta))
@@ -216,10 +288,11 @@ def row_forward(
 
 def row_backward(
     dy: Array, x: Array, rows: int, cols: int,
-    mean: Array, var: Array, eps: float, gamma: Array | None,
+    mean: Array | None, var: Array, eps: float, gamma: Array | None,
     dx: Array, dgamma: Array | None, dbeta: Array | None,
 ) -> None:  # fmt: skip
-    dy, x, dx, mean, var = _storage(dy), _storage(x), _storage(dx), _plain(mean), _plain(var)
+    dy, x, dx, var, centred = _storage(dy), _storage(x), _storage(dx), _plain(var), mean is not None
+    mean = np.zeros(rows) if mean is None else _plain(mean)
     pieces = -(-cols // _rows.PIECE)
     parts = -(-rows // _rows.PART_ROWS)
     sums = np.empty((2, rows * pieces))
@@ -230,7 +303,7 @@ def row_backward(
 
     def launch(steps: int, tasks: int, first: int, last: int, slab: int, ahead: int) -> None:
         _rows.backward(
-            x.size, tasks, dy, x, dx, first, last, cols, steps, slab, *sums, mean, var, eps,
+            x.size, tasks, dy, x, dx, first, last, cols, steps, slab, *sums, mean, var, centred, eps,
             *_parameter(gamma, x, 1.0), *downwards, *totals, stream, ahead,
         )  # fmt: skip
 

@@ -357,7 +357,8 @@ def _gradient_whole(arrays, i, j, ahead):
     prefetch(x, i + ahead)
     centre, scale = load(columns, j), load(columns, length + j)
     lift, slope = load(columns, 2 * length + j), load(columns, 3 * length + j)
-    return input_gradient(load(dy, i), load(x, i), centre, scale, lift, slope)
+    grad = load(dy, i) * load(columns, 4 * length + j)
+    return input_gradient(grad, load(x, i), centre, scale, lift, slope)
 
 
 @compiled
@@ -365,7 +366,8 @@ def _gradient_part(arrays, i, j, count):
     dy, x, columns, length = arrays
     centre, scale = load(columns, j), load(columns, length + j)
     lift, slope = load(columns, 2 * length + j), load(columns, 3 * length + j)
-    grad, value = load_part(dy, i, 0, count, lift), load_part(x, i, 0, count, centre)
+    gain = load(columns, 4 * length + j)
+    grad, value = load_part(dy, i, 0, count, lift) * gain, load_part(x, i, 0, count, centre)
     return input_gradient(grad, value, centre, scale, lift, slope)
 
 
@@ -375,13 +377,13 @@ _write_gradient = writer_of_columns(_gradient_whole, _gradient_part)
 @Kernel
 def backward(
     launcher, begin, end, dy, x, dx, outer, channels, inner, grid, steps, part_dy, part_dy_centred, mean, var, eps,
-    gamma, mask, sum_dy, sum_dy_xhat, count, lines, columns, past_cache, ahead,
+    factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache, ahead,
 ):  # fmt: skip
-    """lines, columns: as in `forward`, for four coefficients."""
+    """lines, columns: as in `forward`, for five coefficients."""
     if launcher:
         hand_out(launcher, begin, end)
         return
-    period, length = channels * inner * grid[2], columns.size // 4
+    period, length = channels * inner * grid[2], columns.size // 5
     for task in range(begin, end):
         first, last, part, upto = _share(dx, task, steps, outer, channels, inner, grid)
         if steps & SUMS:
@@ -390,8 +392,8 @@ def backward(
         if steps & FINISH:
             _add_parts(x, channels, grid[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
         if steps & COEFFICIENTS:
-            gradient_lines(x, mean, var, eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
-            _lines_of_columns(lines, channels, inner, grid[2], 4, first, last, columns, length)
+            gradient_lines(x, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
+            _lines_of_columns(lines, channels, inner, grid[2], 5, first, last, columns, length)
         if steps & WRITE:
             for run in range(1 if steps == WRITE or grid[1] == 1 else outer):
                 at, end_at = _write_extent(task, steps, run, outer, channels, inner, grid[1], first, last)

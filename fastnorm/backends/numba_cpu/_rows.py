@@ -73,11 +73,13 @@ def _sum_piece(dy, x, start, first, last, mean, factor, gamma, mask, dgamma, dbe
 @compiled
 def _row_line(numbers, row):
     """The pieces of a row's sums added up, and what dx needs of them."""
-    x, cols, pieces, row_g, row_g_centred, mean, var, eps = numbers
+    x, cols, pieces, row_g, row_g_centred, mean, var, centred, eps = numbers
     sum_g, sum_g_centred = row_g[row * pieces], row_g_centred[row * pieces]
     for piece in range(row * pieces + 1, (row + 1) * pieces):
         sum_g += row_g[piece]
         sum_g_centred += row_g_centred[piece]
+    if not centred:
+        sum_g = 0.0
     rest = mean[row] - rounded(x, mean[row])
     sum_g_xhat = sum_times_xhat(rstd(var[row], eps), rest, sum_g, sum_g_centred)
     line = gradient_line(x, mean[row], var[row], eps, 1.0, sum_g / cols, sum_g_xhat / cols)
@@ -104,8 +106,8 @@ _write_gradient = writer_of_runs(_row_line, _gradient_whole, _gradient_part)
 
 @Kernel
 def backward(
-    launcher, begin, end, dy, x, dx, first_row, last_row, cols, steps, slab, row_g, row_g_centred, mean, var, eps,
-    gamma, mask, part_dgamma, part_dbeta, dgamma, dbeta, past_cache, ahead,
+    launcher, begin, end, dy, x, dx, first_row, last_row, cols, steps, slab, row_g, row_g_centred, mean, var,
+    centred, eps, gamma, mask, part_dgamma, part_dbeta, dgamma, dbeta, past_cache, ahead,
 ):  # fmt: skip
     """Rows first_row..last_row, from the first row of a part on or within one part.
 
@@ -116,7 +118,7 @@ def backward(
         hand_out(launcher, begin, end)
         return
     pieces = -(-cols // PIECE)
-    numbers = (x, cols, pieces, row_g, row_g_centred, mean, var, eps)
+    numbers = (x, cols, pieces, row_g, row_g_centred, mean, var, centred, eps)
     arrays = (dy, x, gamma, mask)
     for task in range(begin, end):
         if steps == FINISH:

@@ -145,8 +145,8 @@ def _squares(x, start, stride, runs, length, mean):
 
 
 @compiled
-def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share):
-    """Moments of some blocks of some channels, merged into those of their parts."""
+def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share, centred):
+    """Moments of some blocks of some channels, merged into those of their parts; around 0 unless `centred`."""
     begin, end, first_block, last_block = share
     stride, parts, together = channels * inner, tiles[4], tiles[5]
     means = scratch(part_mean)
@@ -160,7 +160,9 @@ def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share):
         for first in range(begin, end, together):
             last = least(first + together, end)
             for channel in range(first, last):
-                means[channel - first] = _mean(x, at + channel * inner, stride, runs, length)
+                means[channel - first] = 0.0
+                if centred:
+                    means[channel - first] = _mean(x, at + channel * inner, stride, runs, length)
             for channel in range(first, last):
                 mean = means[channel - first]
                 start = at + channel * inner
@@ -237,8 +239,8 @@ _write_normalized = writer_of_runs(_normalizing_line, _normalized_whole, _normal
 
 @Kernel
 def forward(
-    launcher, begin, end, x, y, outer, channels, inner, tiles, group, steps, part_mean, part_squares, mean, var, eps,
-    by_run, lines, by_column, past_cache, ahead,
+    launcher, begin, end, x, y, outer, channels, inner, tiles, group, steps, part_mean, part_squares, mean, var,
+    centred, eps, by_run, lines, by_column, past_cache, ahead,
 ):  # fmt: skip
     if launcher:
         hand_out(launcher, begin, end)
@@ -248,7 +250,7 @@ def forward(
         first, last = task * group, least((task + 1) * group, channels)
         if steps & SUMS:
             share = _share(task, steps, channels, group, tiles)
-            _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share)
+            _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share, centred)
         if steps & FINISH:
             _merge_parts(outer, inner, tiles, part_mean, part_squares, mean, var, first, last)
         if steps & COEFFICIENTS:
@@ -304,23 +306,29 @@ def _add_parts(x, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_d
 
 
 @compiled
-def gradient_lines(x, mean, var, eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, length, first, last):
-    """The same: centres, scales, lifts, slopes."""
+def gradient_lines(x, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, length, first, last):
+    """The same: centres, scales, lifts, slopes, gains.
+
+    A gamma is a factor of dx, or, where channels share their statistics, the gain of dy alone.
+    """
+    gamma, gamma_mask, gain, gain_mask = factors
     for c in range(first, last):
         mean_dy, mean_dy_xhat = element(sum_dy, c) / count, element(sum_dy_xhat, c) / count
-        gain = element(gamma, c & mask)
-        line = gradient_line(x, element(mean, c), element(var, c), eps, gain, mean_dy, mean_dy_xhat)
+        factor = element(gamma, c & gamma_mask)
+        line = gradient_line(x, element(mean, c), element(var, c), eps, factor, mean_dy, mean_dy_xhat)
         put(lines, c, line[0])
         put(lines, length + c, line[1])
         put(lines, 2 * length + c, line[2])
         put(lines, 3 * length + c, line[3])
+        put(lines, 4 * length + c, element(gain, c & gain_mask))
 
 
 @compiled
 def _gradient_line(numbers, c):
     lines, length = numbers
     scale, lift = spread(lines, element(lines, length + c)), spread(lines, element(lines, 2 * length + c))
-    return spread(lines, element(lines, c)), scale, lift, spread(lines, element(lines, 3 * length + c))
+    slope, gain = spread(lines, element(lines, 3 * length + c)), spread(lines, element(lines, 4 * length + c))
+    return spread(lines, element(lines, c)), scale, lift, slope, gain
 
 
 @compiled
@@ -328,14 +336,14 @@ def _gradient_whole(arrays, i, j, line, ahead):
     dy, x = arrays
     prefetch(dy, i + ahead)
     prefetch(x, i + ahead)
-    return input_gradient(load(dy, i), load(x, i), line[0], line[1], line[2], line[3])
+    return input_gradient(load(dy, i) * line[4], load(x, i), line[0], line[1], line[2], line[3])
 
 
 @compiled
 def _gradient_part(arrays, i, j, first, last, line):
     dy, x = arrays
     grad, value = load_part(dy, i, first, last, line[2]), load_part(x, i, first, last, line[0])
-    return input_gradient(grad, value, line[0], line[1], line[2], line[3])
+    return input_gradient(grad * line[4], value, line[0], line[1], line[2], line[3])
 
 
 _write_gradient = writer_of_runs(_gradient_line, _gradient_whole, _gradient_part)
@@ -344,7 +352,7 @@ _write_gradient = writer_of_runs(_gradient_line, _gradient_whole, _gradient_part
 @Kernel
 def backward(
     launcher, begin, end, dy, x, dx, outer, channels, inner, tiles, group, steps, part_dy, part_dy_centred, mean, var,
-    eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
+    eps, factors, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
 ):  # fmt: skip
     if launcher:
         hand_out(launcher, begin, end)
@@ -357,7 +365,7 @@ def backward(
         if steps & FINISH:
             _add_parts(x, tiles[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
         if steps & COEFFICIENTS:
-            gradient_lines(x, mean, var, eps, gamma, mask, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
+            gradient_lines(x, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
         if steps & WRITE:
             for run in range(1 if steps == WRITE else outer):
                 at, upto = _stretch(dx, task, steps, run, outer, channels, inner, group, begin, end)
