@@ -1,0 +1,262 @@
+"""Kernels of GroupNorm, InstanceNorm and RMSNorm, as the contract has them: tables of kernels on flat memory."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+
+from fastnorm.bench.cases import DTYPES, dtype_of
+from fastnorm.bench.tolerances import roundoff, tolerance
+
+MODULES = {
+    "cpp": "fastnorm.backends.cpp",
+    "numba": "fastnorm.backends.numba_cpu",
+    "numpy": "fastnorm.reference.kernels",
+}
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+# (samples, outer, channels, inner, groups): channels first where outer is 1, else channels last (or side by side).
+GROUPS = [
+    (3, 1, 6, 10, 2), (3, 10, 6, 1, 2), (2, 1, 8, 49, 8), (2, 49, 8, 1, 4), (5, 1, 12, 1, 3), (1, 1, 5, 1, 5),
+    (70, 1, 4, 5, 2), (131, 20, 24, 1, 3), (3, 1, 33, 47, 11), (3, 47, 33, 1, 11), (2, 1, 6, 9001, 2),
+    (2, 9001, 6, 1, 2), (1, 1, 4, 50_001, 1), (4, 196, 520, 1, 8), (4, 1, 520, 196, 8), (2, 300, 40, 3, 5),
+    (2, 7, 33, 3, 11), (3, 1025, 7, 1, 7),
+]  # fmt: skip
+ROWS = [(1, 1), (5, 7), (300, 129), (4, 4099), (37, 1024), (2, 100_003)]
+
+groups = pytest.mark.parametrize("shape", GROUPS, ids=str)
+rows = pytest.mark.parametrize("shape", ROWS, ids=str)
+
+
+@pytest.fixture
+def table(backend):
+    kernels = importlib.import_module(MODULES[backend])
+    yield kernels
+    kernels.set_num_threads(2)
+
+
+def _accumulation(dtype):
+    return np.dtype(np.float64 if dtype == "float64" else np.float32)
+
+
+def _inputs(size, channels, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    stored, accumulation = dtype_of(dtype), _accumulation(dtype)
+    x, dy = (3 + rng.standard_normal(size)).astype(stored), rng.standard_normal(size).astype(stored)
+    gamma, beta = (rng.standard_normal(channels).astype(accumulation) for _ in range(2))
+    gamma[0] = 0.0
+    return x, dy, gamma, beta
+
+
+def _of_groups(table, shape, x, dy, gamma, beta, eps=1e-5):
+    samples, _, channels, _, count = shape
+    y, dx = np.empty_like(x), np.empty_like(x)
+    mean, var = np.full((2, samples * count), 7.0)
+    sum_dy, sum_dy_xhat = np.full((2, channels), 7.0)
+    table.group_forward(x, *shape, gamma, beta, eps, y, mean, var)
+    table.group_backward(dy, x, *shape, mean, var, eps, gamma, dx, sum_dy, sum_dy_xhat)
+    return {"y": y, "mean": mean, "var": var, "dx": dx, "sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
+
+
+def _of_rows(table, shape, x, dy, gamma, beta, eps=1e-5):
+    count, cols = shape
+    y, dx, var = np.empty_like(x), np.empty_like(x), np.full(count, 7.0)
+    dgamma, dbeta = np.full((2, cols), 7.0)
+    table.row_forward(x, count, cols, gamma, beta, eps, y, None, var)
+    table.row_backward(dy, x, count, cols, None, var, eps, gamma, dx, dgamma, dbeta)
+    return {"y": y, "var": var, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+
+
+def _truth(x, dy, gamma, beta, axes, parameter_axes, eps, accumulation, centred=True):
+    """Results and their magnitudes, of arrays with an axis for all that is told apart; float64, plain formulas."""
+    x, dy, gamma, beta = (np.asarray(a, np.float64) for a in (x, dy, gamma, beta))
+    average = lambda a: a.mean(axis=axes, keepdims=True)  # noqa: E731
+    mean = average(x) if centred else np.zeros_like(average(x))
+    mean += average(x - mean) if centred else 0.0
+    var = average((x - mean) ** 2)
+    rstd = 1 / np.sqrt(var + eps)
+    xhat, g = (x - mean) * rstd, dy * gamma
+    spread, narrow = np.sqrt(var), roundoff(np.float64) / roundoff(accumulation)
+    slack = np.abs(xhat) + centred * (1 + np.abs(mean) * rstd * narrow)
+    offset = np.abs(mean) * narrow
+    mean_g = average(g) if centred else 0.0
+    down = lambda a: a.sum(axis=parameter_axes)  # noqa: E731
+    results = {
+        "y": xhat * gamma + beta, "mean": mean, "var": var, "dx": rstd * (g - mean_g - xhat * average(g * xhat)),
+        "sum_dy": down(dy), "sum_dy_xhat": down(dy * xhat),
+    }  # fmt: skip
+    magnitudes = {
+        "y": np.abs(gamma) * slack + np.abs(beta), "mean": spread + offset,
+        "var": var + spread * offset + roundoff(accumulation) * np.sqrt(x.size) * offset**2,
+        "dx": rstd * (np.abs(g) + average(np.abs(g)) + slack * average(np.abs(g) * slack)),
+        "sum_dy": down(np.abs(dy)), "sum_dy_xhat": down(np.abs(dy) * slack),
+    }  # fmt: skip
+    return results, magnitudes
+
+
+def _truth_of_groups(shape, x, dy, gamma, beta, eps=1e-5, accumulation=np.float32):
+    samples, outer, channels, inner, count = shape
+    apart = (samples, outer, count, channels // count, inner)
+    gamma, beta = (a.reshape(1, 1, count, -1, 1) for a in (gamma, beta))
+    return _truth(x.reshape(apart), dy.reshape(apart), gamma, beta, (1, 3, 4), (0, 1, 4), eps, accumulation)
+
+
+def _check(results, truth, stored, accumulation, terms):
+    expected, magnitudes = truth
+    for name, result in results.items():
+        wanted, magnitude = expected[name].ravel(), magnitudes[name].ravel()
+        dtype = stored if name in ("y", "dx") else np.float64
+        allowed = tolerance(wanted, magnitude, dtype, accumulation, terms)
+        error = np.abs(result.astype(np.float64) - wanted)
+        worst = np.argmax(error / allowed)
+        assert error[worst] <= allowed[worst], (name, worst, result[worst], wanted[worst], allowed[worst])
+
+
+@dtypes
+@groups
+def test_groups_against_float64(shape, dtype, table):
+    samples, outer, channels, inner, _ = shape
+    inputs = _inputs(samples * outer * channels * inner, channels, dtype)
+    accumulation = _accumulation(dtype)
+    results = _of_groups(table, shape, *inputs)
+    truth = _truth_of_groups(shape, *inputs, accumulation=accumulation)
+    _check(results, truth, dtype_of(dtype), accumulation, inputs[0].size)
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e6])
+@pytest.mark.parametrize("shape", [(3, 1, 33, 47, 11), (3, 47, 33, 1, 11), (2, 1, 6, 9001, 2), (2, 9001, 6, 1, 2)])
+def test_groups_far_from_zero(shape, ratio, table):
+    """The error does not grow with mean over spread, also where the means of a group's channels differ."""
+    samples, outer, channels, inner, _ = shape
+    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    by_channel = x.reshape(samples, outer, channels, inner) + np.arange(channels).reshape(-1, 1) * 0.5 + ratio
+    x = by_channel.astype(np.float32).ravel()
+    truth = _truth_of_groups(shape, x, dy, gamma, beta)
+    _check(_of_groups(table, shape, x, dy, gamma, beta), truth, np.float32, np.float32, x.size)
+
+
+@dtypes
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 6e-5])
+@groups
+def test_a_constant_group_gives_exactly_beta(shape, value, eps, dtype, table):
+    samples, outer, channels, inner, count = shape
+    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, dtype)
+    x[:] = value
+    results = _of_groups(table, shape, x, dy, gamma, beta, eps)
+    assert (results["var"] == 0).all()
+    assert (results["mean"] == np.float64(x[0])).all()
+    expected = np.broadcast_to(beta.reshape(-1, 1), (samples, outer, channels, inner)).astype(x.dtype)
+    assert (results["y"] == expected.ravel()).all()
+    if outer * inner * (channels // count) == 1:
+        assert (results["dx"] == 0).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [(3, 1, 6, 10, 2), (3, 10, 6, 1, 2), (2, 1, 6, 9001, 3), (2, 9001, 6, 1, 3)], ids=str)
+def test_nan_stays_in_its_group_of_its_sample(shape, poison, table):
+    samples, outer, channels, inner, count = shape
+    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    clean = _of_groups(table, shape, x, dy, gamma, beta)
+    x.reshape(samples, outer, count, -1, inner)[1, outer // 2, 1, 0, inner // 2] = poison
+    results = _of_groups(table, shape, x, dy, gamma, beta)
+    for name in ("y", "dx"):
+        apart = results[name].reshape(samples, outer, count, -1), clean[name].reshape(samples, outer, count, -1)
+        assert np.isnan(apart[0][1, :, 1]).any()
+        for array in apart:
+            array[1, :, 1] = 0
+        np.testing.assert_array_equal(*apart)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [*GROUPS, (3, 3001, 260, 1, 4), (33, 1, 64, 784, 8), (2, 1, 3, 200_003, 3), (2, 100_003, 4, 1, 2)], ids=str
+)
+def test_groups_have_equal_bits_for_any_number_of_threads(shape, dtype, table):
+    samples, outer, channels, inner, _ = shape
+    inputs = _inputs(samples * outer * channels * inner, channels, dtype)
+    found = []
+    for threads in (1, 2, 3):
+        table.set_num_threads(threads)
+        found.append({name: a.tobytes() for name, a in _of_groups(table, shape, *inputs).items()})
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+@groups
+def test_groups_in_place(shape, table):
+    samples, outer, channels, inner, _ = shape
+    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    apart = _of_groups(table, shape, x, dy, gamma, beta)
+    mean, var, sums = apart["mean"], apart["var"], np.empty((2, channels))
+    for out in ("dy", "x"):
+        given = {"dy": dy.copy(), "x": x.copy()}
+        table.group_backward(given["dy"], given["x"], *shape, mean, var, 1e-5, gamma, given[out], *sums)
+        np.testing.assert_array_equal(given[out], apart["dx"])
+    table.group_forward(x, *shape, gamma, beta, 1e-5, x, mean, var)
+    np.testing.assert_array_equal(x, apart["y"])
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 6, 10, 2), (3, 47, 33, 1, 11)], ids=str)
+def test_groups_without_parameters_or_write_access(shape, table):
+    samples, outer, channels, inner, _ = shape
+    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    gamma[:], beta[:] = 1.0, 0.0
+    expected = _of_groups(table, shape, x, dy, gamma, beta)
+    for array in (x, dy):
+        array.flags.writeable = False
+    results = _of_groups(table, shape, x, dy, None, None)
+    for name, result in results.items():
+        np.testing.assert_array_equal(result, expected[name])
+
+
+@dtypes
+@rows
+def test_rows_that_are_not_centred_against_float64(shape, dtype, table):
+    inputs = _inputs(shape[0] * shape[1], shape[1], dtype)
+    accumulation = _accumulation(dtype)
+    x, dy, gamma, beta = inputs
+    results = _of_rows(table, shape, *inputs)
+    results["sum_dy"], results["sum_dy_xhat"] = results.pop("dbeta"), results.pop("dgamma")
+    truth = _truth(x.reshape(shape), dy.reshape(shape), gamma, beta, 1, 0, 1e-5, accumulation, centred=False)
+    _check(results, truth, dtype_of(dtype), accumulation, max(shape))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@rows
+def test_rows_that_are_not_centred_depend_on_nothing_else(shape, dtype, table):
+    """Not on the number of threads; a row's y and dx not on the other rows."""
+    x, dy, gamma, beta = _inputs(shape[0] * shape[1], shape[1], dtype)
+    found = []
+    for threads in (1, 2, 3):
+        table.set_num_threads(threads)
+        found.append({name: a.tobytes() for name, a in _of_rows(table, shape, x, dy, gamma, beta).items()})
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    cols = shape[1]
+    alone = _of_rows(table, (1, cols), x[-cols:], dy[-cols:], gamma, beta)
+    whole = _of_rows(table, shape, x, dy, gamma, beta)
+    for name in ("y", "dx"):
+        np.testing.assert_array_equal(whole[name][-cols:], alone[name])
+
+
+def test_rows_of_zeros_give_exactly_beta(table):
+    x, dy, gamma, beta = _inputs(3 * 130, 130, "float32")
+    x[:] = 0
+    for eps in (1e-5, 0.0):
+        results = _of_rows(table, (3, 130), x, dy, gamma, beta, eps)
+        np.testing.assert_array_equal(results["y"].reshape(3, 130), np.broadcast_to(beta, (3, 130)))
+
+
+def test_infinite_gradients_of_rows_that_are_not_centred(table):
+    """There is no mean(g) to turn the infinity of one element into NaN elsewhere in other rows or columns."""
+    x, dy, gamma, beta = _inputs(4 * 33, 33, "float32")
+    clean = _of_rows(table, (4, 33), x, dy, gamma, beta)
+    dy[40] = np.inf
+    results = _of_rows(table, (4, 33), x, dy, gamma, beta)
+    others = [0, 2, 3]
+    np.testing.assert_array_equal(results["dx"].reshape(4, 33)[others], clean["dx"].reshape(4, 33)[others])
+    assert np.isinf(results["dbeta"][7])
+    np.testing.assert_array_equal(np.delete(results["dbeta"], 7), np.delete(clean["dbeta"], 7))
