@@ -198,7 +198,7 @@ def test_every_variant_of_the_case_table(op, shape, dtype):
 
 def test_the_table_names_every_op_that_is_exported():
     forwards = {name.removesuffix("_forward") for name in fastnorm.__all__ if name.endswith("_forward")}
-    assert forwards - {"spatial_batchnorm"} == set(OPS)
+    assert forwards - {"spatial_batchnorm", "dropout"} == set(OPS)  # dropout has no statistics to be checked
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
