@@ -122,7 +122,7 @@ class View(NamedTuple):
     """How a dense array looks to a kernel family."""
 
     sizes: Any
-    """(outer, channels, inner) or (rows, cols)."""
+    """(outer, channels, inner), (samples, outer, channels, inner) or (rows, cols)."""
     memory: Axes
     """The axes longer than one, outermost in memory first; equal for two arrays = same layout."""
     stats: Axes | None
@@ -196,6 +196,22 @@ def row_view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, no
         _permutation(order[:split], others, shape),
         _permutation(order[split:], normalized, shape),
     )
+
+
+@lru_cache(maxsize=1024)
+def group_view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, channel: Axes) -> View | None:
+    """(samples, outer, channels, inner), samples along axis 0; None where those are not runs of memory.
+
+    NCHW: (N, 1, C, HW); NHWC memory: (N, HW, C, 1).
+    """
+    order = _memory_order(shape, strides, itemsize)
+    if order is None or 0 in order[1:]:
+        return None
+    inside = order[1:] if shape[0] != 1 else order
+    (axis,) = channel
+    position = inside.index(axis) if axis in inside else 0  # of a single channel: anywhere
+    outer, inner = (_product(shape, part) for part in (inside[:position], inside[position:]))
+    return View((shape[0], outer, shape[axis], inner // shape[axis]), order, None, None)
 
 
 def to_memory(indexed: Array | None, order: Axes | None, lengths: tuple[int, ...]) -> Any:

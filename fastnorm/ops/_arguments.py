@@ -26,10 +26,11 @@ except ImportError:
 RUNNING = (FLOAT32, FLOAT64)
 """The dtypes of running statistics that fastnorm makes itself."""
 BN_KEYS = frozenset({"mode", "eps", "momentum", "running_mean", "running_var"})
-LN_KEYS = frozenset({"mode", "eps"})
 DROPOUT_KEYS = frozenset({"p", "mode", "seed", "scale"})
 WORDS = 1 << 32
 """How many values a random word of dropout can have."""
+EPS_ALONE = frozenset({"mode", "eps"})
+"""Of layernorm, rmsnorm and groupnorm; mode is accepted and ignored."""
 
 
 class Cache(NamedTuple):
@@ -43,12 +44,13 @@ class Cache(NamedTuple):
     """None where test mode wrote the output over x."""
     gamma: Array | None
     beta: Array | None
-    mean: Array
-    """float64, one per channel or row in index order; var likewise, biased."""
+    mean: Any
+    """float64, one per channel, row or group of a sample in index order; None for rows that are not centred."""
     var: Array
+    """Like mean, biased; the mean of squares where there is no mean."""
     eps: float
     axes: Axes
-    """batchnorm: (channel axis,); layernorm: the normalized axes."""
+    """Of gamma and beta: the channel axis, or of layernorm and rmsnorm the normalized ones."""
     frozen: bool
     """Whether mean and var are constants (batchnorm's test mode) rather than functions of x."""
 
@@ -175,27 +177,32 @@ class BatchnormOptions(NamedTuple):
     eps: float
     momentum: float
     running_mean: Array | None
-    """As the caller stored it; running_var likewise. Never None in test mode."""
+    """As the caller stored it; running_var likewise. Never None in batchnorm's test mode."""
     running_var: Array | None
 
 
 def batchnorm_options(bn_param: Any, x: Array, channels: int) -> BatchnormOptions:
     """The options of a batchnorm of x over this many channels."""
-    param = checked_param("bn_param", bn_param, BN_KEYS)
+    options = running_options("bn_param", bn_param, x, channels)
+    if options.frozen and (options.running_mean is None or options.running_var is None):
+        missing = "running_mean" if options.running_mean is None else "running_var"
+        raise ValueError(f"bn_param['{missing}']: test mode needs running statistics, got none")
+    return options
+
+
+def running_options(name: str, param: Any, x: Array, channels: int) -> BatchnormOptions:
+    """The options in a dictionary of this name; the running statistics may be absent, in test mode too."""
+    param = checked_param(name, param, BN_KEYS)
     mode = param.get("mode", "train")
     if not isinstance(mode, str) or mode not in ("train", "test"):
-        raise ValueError(f"bn_param['mode']: expected 'train' or 'test', got {mode!r}")
-    options = BatchnormOptions(
+        raise ValueError(f"{name}['mode']: expected 'train' or 'test', got {mode!r}")
+    return BatchnormOptions(
         mode == "test",
         checked_eps(param.get("eps", 1e-5)),
         checked_momentum(param.get("momentum", 0.9)),
         _running(param, "running_mean", x, channels),
         _running(param, "running_var", x, channels),
     )
-    if options.frozen and (options.running_mean is None or options.running_var is None):
-        missing = "running_mean" if options.running_mean is None else "running_var"
-        raise ValueError(f"bn_param['{missing}']: test mode needs running statistics, got none")
-    return options
 
 
 def _running(param: dict[str, Any], key: str, x: Array, channels: int) -> Array | None:
@@ -235,10 +242,10 @@ def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dty
     return _arrays.handed(_arrays.mixed(running, batch, momentum, dtype))
 
 
-# ---- layernorm ------------------------------------------------------------------------------------
+# ---- rows and groups ------------------------------------------------------------------------------
 
 
-def layernorm_x(x: Any, axis: int) -> tuple[Array, Axes]:
+def rows_x(x: Any, axis: int) -> tuple[Array, Axes]:
     """(x, the normalized axes)"""
     array = as_array("x", x)
     if array.ndim < 1:
@@ -246,9 +253,37 @@ def layernorm_x(x: Any, axis: int) -> tuple[Array, Axes]:
     return array, tuple(range(checked_axis(axis, array.ndim), array.ndim))
 
 
-def layernorm_eps(ln_param: Any) -> float:
-    """The one option of layernorm."""
-    return checked_eps(checked_param("ln_param", ln_param, LN_KEYS).get("eps", 1e-5))
+def groups_x(x: Any, axis: int) -> tuple[Array, tuple[int], int]:
+    """(x, (channel axis,), channels), the samples along axis 0"""
+    array, axes, channels = batchnorm_x(x, axis)
+    if axes == (0,):
+        raise ValueError(f"axis: expected a channel axis after axis 0, the samples, got {axis}")
+    return array, axes, channels
+
+
+def checked_groups(groups: Any, channels: int) -> int:
+    """The number of groups that these channels fall into."""
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups: expected a whole number, got {groups!r}")
+    number = int(groups.__index__())
+    if number < 1 or channels % number:
+        raise ValueError(f"groups: expected a divisor of the {channels} channels of x, got {number}")
+    return number
+
+
+def instancenorm_options(in_param: Any, x: Array, channels: int) -> BatchnormOptions:
+    """The options of an instancenorm; frozen only where there are running statistics."""
+    options = running_options("in_param", in_param, x, channels)
+    running = {"running_mean": options.running_mean, "running_var": options.running_var}
+    missing = [key for key, value in running.items() if value is None]
+    if len(missing) == 1:
+        raise ValueError(f"in_param['{missing[0]}']: expected both running statistics or none, got one")
+    return options._replace(frozen=False) if missing else options
+
+
+def eps_alone(name: str, param: Any) -> float:
+    """The one option of a normalization without running statistics."""
+    return checked_eps(checked_param(name, param, EPS_ALONE).get("eps", 1e-5))
 
 
 # ---- dropout --------------------------------------------------------------------------------------

@@ -6,6 +6,10 @@ gamma and beta are indexed by (`params`):
 
     batchnorm    stats = all axes but the channels     params = the channel axis
     layernorm    stats = params = the normalized axes
+    groupnorm    the channel axis split in two, (groups, channels of a group);
+                 stats = all axes but the samples and the groups     params = those two
+
+RMSNorm's graph begins at step 3, with x in the place of x_minus_mu, and ends at step 8.
 
 Everything is computed in x's accumulation dtype, as a NumPy user would write it, and every intermediate is
 kept. So it is slow, takes memory, and its error grows with |mean| / spread; the fused functions do neither.
@@ -21,7 +25,7 @@ import numpy as np
 
 from fastnorm import _layout
 from fastnorm._layout import Array, Axes
-from fastnorm.ops import _arguments
+from fastnorm.ops import _arguments, _groups
 
 
 class StagedCache(NamedTuple):
@@ -33,8 +37,10 @@ class StagedCache(NamedTuple):
     sqrt_var_invert: Array
     x_norm: Array
     y_unshift: Array
+    shape: tuple[int, ...]
+    """x's own; with groups the intermediates have an axis more."""
     scale: Array | None
-    """gamma, shaped to broadcast against x."""
+    """gamma, shaped to broadcast against the intermediates."""
     gamma: Array | None
     """As the caller gave it; beta likewise."""
     beta: Array | None
@@ -42,7 +48,9 @@ class StagedCache(NamedTuple):
     params: Axes
     storage: np.dtype[Any]
     frozen: bool
-    """Whether mu and var are constants (batchnorm's test mode)."""
+    """Whether mu and var are constants (test mode with running statistics)."""
+    centred: bool
+    """Whether there are steps 1 and 2."""
 
 
 def _kept_shape(shape: tuple[int, ...], kept: Axes) -> tuple[int, ...]:
@@ -62,21 +70,30 @@ def _inverse(sqrt_var: Array) -> Array:
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def _forward(
     op: str, x: Array, gamma: Any, beta: Any, eps: float, stats: Axes, params: Axes,
-    constants: tuple[Array, Array] | None = None,
-) -> tuple[Array, StagedCache, Array, Array]:  # fmt: skip
-    """(y, cache, mu, var); mu and var are `constants` where given, else those of x."""
+    constants: tuple[Array, Array] | None = None, groups: int | None = None, centred: bool = True,
+) -> tuple[Array, StagedCache, Array | None, Array]:  # fmt: skip
+    """(y, cache, mu, var); mu and var are `constants` where given, else those of x.
+
+    With groups, params is the channel axis and stats is not looked at.
+    """
     storage = _layout.storage_dtype("x", x)
     dtype = _layout.accumulation_dtype(storage)
     gamma, scale = _layout.parameter("gamma", gamma, x, params, dtype)
     beta, shift = _layout.parameter("beta", beta, x, params, dtype)
-    scale, shift = (v if v is None else v.reshape(_kept_shape(x.shape, params)) for v in (scale, shift))
-    x = x.astype(dtype, copy=False)
-    n = dtype.type(max(1, math.prod(x.shape[axis] for axis in stats)))  # sums over nothing are 0, not 0/0
+    own = shape = x.shape
+    if groups is not None:
+        shape, stats, params = _groups.split(own, params[0], groups)
+    scale, shift = (v if v is None else v.reshape(_kept_shape(shape, params)) for v in (scale, shift))
+    x = x.astype(dtype, copy=False).reshape(shape)
+    n = dtype.type(max(1, math.prod(shape[axis] for axis in stats)))  # sums over nothing are 0, not 0/0
 
-    # 1: the mean
-    mu = np.sum(x, axis=stats, keepdims=True) / n if constants is None else constants[0]
-    # 2: centre
-    x_minus_mu = x - mu
+    mu = None
+    x_minus_mu = x
+    if centred:
+        # 1: the mean
+        mu = np.sum(x, axis=stats, keepdims=True) / n if constants is None else constants[0]
+        # 2: centre
+        x_minus_mu = x - mu
     # 3: square
     x_minus_mu_square = x_minus_mu**2
     # 4: the variance
@@ -93,10 +110,10 @@ def _forward(
     y = y_unshift.copy() if shift is None else y_unshift + shift
 
     cache = StagedCache(
-        op, x_minus_mu, x_minus_mu_square, sqrt_var_invert, x_norm, y_unshift,
-        scale, gamma, beta, stats, params, storage, constants is not None,
+        op, x_minus_mu, x_minus_mu_square, sqrt_var_invert, x_norm, y_unshift, own,
+        scale, gamma, beta, stats, params, storage, constants is not None, centred,
     )  # fmt: skip
-    return y.astype(storage, copy=False), cache, mu, var
+    return y.astype(storage, copy=False).reshape(own), cache, mu, var
 
 
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
@@ -107,7 +124,7 @@ def _backward(dout: Any, cache: Any, op: str) -> tuple[Array, Array | None, Arra
         raise ValueError(f"cache: expected one of {op}_forward_staged, got one of {cache.op}_forward_staged")
     x_minus_mu, sqrt_var_invert, x_norm = cache.x_minus_mu, cache.sqrt_var_invert, cache.x_norm
     stats, shape, dtype = cache.stats, x_norm.shape, x_norm.dtype
-    dout = _arguments.checked_dout(dout, x_norm).astype(dtype, copy=False)
+    dout = _arguments.checked_dout(dout, x_norm.reshape(cache.shape)).astype(dtype, copy=False).reshape(shape)
     n = dtype.type(max(1, math.prod(shape[axis] for axis in stats)))
     samples = _others(x_norm.ndim, cache.params)  # the axes along which gamma and beta were broadcast
 
@@ -133,14 +150,15 @@ def _backward(dout: Any, cache: Any, op: str) -> tuple[Array, Array | None, Arra
         dx_minus_mu += 2 * x_minus_mu * dx_minus_mu_square
         # 2: x_minus_mu = x - mu
         dx = dx_minus_mu
-        dmu = -np.sum(dx_minus_mu, axis=stats, keepdims=True)
-        # 1: mu = sum(x) / n. The second gradient of x adds to the first.
-        dx = dx + dmu / n
+        if cache.centred:
+            dmu = -np.sum(dx_minus_mu, axis=stats, keepdims=True)
+            # 1: mu = sum(x) / n. The second gradient of x adds to the first.
+            dx = dx + dmu / n
 
     return (
-        dx.astype(cache.storage, copy=False),
-        _layout.gradient(dgamma, cache.gamma),
-        _layout.gradient(dbeta, cache.beta),
+        dx.astype(cache.storage, copy=False).reshape(cache.shape),
+        _layout.gradient(dgamma.reshape(-1), cache.gamma),
+        _layout.gradient(dbeta.reshape(-1), cache.beta),
     )
 
 
@@ -155,15 +173,23 @@ def batchnorm_forward_staged(
     """
     x, params, channels = _arguments.batchnorm_x(_layout.host_array("x", x), axis)
     options = _arguments.batchnorm_options(bn_param, x, channels)
+    return _with_running("batchnorm", x, gamma, beta, bn_param, options, params)
+
+
+def _with_running(
+    op: str, x: Array, gamma: Any, beta: Any, param: dict[str, Any] | None, options: _arguments.BatchnormOptions,
+    params: Axes,
+) -> tuple[Array, StagedCache]:  # fmt: skip
+    """Statistics of each channel over all samples, or constants in their place."""
     dtype = _layout.accumulation_dtype(_layout.storage_dtype("x", x))
     constants = None
     if options.frozen:
         mean, var = _arguments.constants(options)
         shape = _kept_shape(x.shape, params)
         constants = mean.astype(dtype).reshape(shape), var.astype(dtype).reshape(shape)
-    out, cache, mu, var = _forward("batchnorm", x, gamma, beta, options.eps, _others(x.ndim, params), params, constants)
-    if bn_param is not None and not options.frozen and x.size:
-        _arguments.store_running(bn_param, options, mu, var, dtype)
+    out, cache, mu, var = _forward(op, x, gamma, beta, options.eps, _others(x.ndim, params), params, constants)
+    if param is not None and mu is not None and not options.frozen and x.size:
+        _arguments.store_running(param, options, mu, var, dtype)
     return out, cache
 
 
@@ -183,8 +209,8 @@ def layernorm_forward_staged(
 
     Allocates as much as `batchnorm_forward_staged`. Arguments and errors as in `layernorm_forward`.
     """
-    x, axes = _arguments.layernorm_x(_layout.host_array("x", x), axis)
-    out, cache, _, _ = _forward("layernorm", x, gamma, beta, _arguments.layernorm_eps(ln_param), axes, axes)
+    x, axes = _arguments.rows_x(_layout.host_array("x", x), axis)
+    out, cache, _, _ = _forward("layernorm", x, gamma, beta, _arguments.eps_alone("ln_param", ln_param), axes, axes)
     return out, cache
 
 
@@ -194,3 +220,75 @@ def layernorm_backward_staged(dout: Any, cache: StagedCache) -> tuple[Array, Arr
     Allocates as much as `batchnorm_backward_staged`. Results and errors as in `layernorm_backward`.
     """
     return _backward(dout, cache, "layernorm")
+
+
+def rmsnorm_forward_staged(
+    x: Any, gamma: Any, rms_param: dict[str, Any] | None = None, *, axis: int = -1
+) -> tuple[Array, StagedCache]:
+    """`rmsnorm_forward` as a graph of six steps; the cache is for `rmsnorm_backward_staged`.
+
+    Allocates four arrays of x's size, of which the cache keeps three, and refers to x in float32 or float64.
+    Arguments and errors as in `rmsnorm_forward`.
+    """
+    x, axes = _arguments.rows_x(_layout.host_array("x", x), axis)
+    eps = _arguments.eps_alone("rms_param", rms_param)
+    out, cache, _, _ = _forward("rmsnorm", x, gamma, None, eps, axes, axes, centred=False)
+    return out, cache
+
+
+def rmsnorm_backward_staged(dout: Any, cache: StagedCache) -> tuple[Array, Array | None]:
+    """Gradients of `rmsnorm_forward_staged`, step by step backward: (dx, dgamma).
+
+    Results and errors as in `rmsnorm_backward`.
+    """
+    dx, dgamma, _ = _backward(dout, cache, "rmsnorm")
+    return dx, dgamma
+
+
+def groupnorm_forward_staged(
+    x: Any, gamma: Any, beta: Any, groups: int, gn_param: dict[str, Any] | None = None, *, axis: int = 1
+) -> tuple[Array, StagedCache]:
+    """`groupnorm_forward` as a graph of nine steps; the cache is for `groupnorm_backward_staged`.
+
+    Allocates as much as `batchnorm_forward_staged`. Arguments and errors as in `groupnorm_forward`.
+    """
+    x, params, channels = _arguments.groups_x(_layout.host_array("x", x), axis)
+    groups, eps = _arguments.checked_groups(groups, channels), _arguments.eps_alone("gn_param", gn_param)
+    out, cache, _, _ = _forward("groupnorm", x, gamma, beta, eps, (), params, groups=groups)
+    return out, cache
+
+
+def groupnorm_backward_staged(dout: Any, cache: StagedCache) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of `groupnorm_forward_staged`, step by step backward: (dx, dgamma, dbeta).
+
+    Allocates as much as `batchnorm_backward_staged`. Results and errors as in `groupnorm_backward`.
+    """
+    return _backward(dout, cache, "groupnorm")
+
+
+def instancenorm_forward_staged(
+    x: Any, gamma: Any, beta: Any, in_param: dict[str, Any] | None = None, *, axis: int = 1
+) -> tuple[Array, StagedCache]:
+    """`instancenorm_forward` as a graph of nine steps; the cache is for `instancenorm_backward_staged`.
+
+    Allocates as much as `batchnorm_forward_staged`. Arguments, updates of in_param and errors as in
+    `instancenorm_forward`.
+    """
+    x, params, channels = _arguments.groups_x(_layout.host_array("x", x), axis)
+    options = _arguments.instancenorm_options(in_param, x, channels)
+    if options.frozen:
+        return _with_running("instancenorm", x, gamma, beta, in_param, options, params)
+    out, cache, mu, var = _forward("instancenorm", x, gamma, beta, options.eps, (), params, groups=channels)
+    assert mu is not None
+    if in_param is not None and options.running_mean is not None and x.size:
+        mu, var = (each.reshape(-1, channels).mean(axis=0) for each in (mu, var))
+        _arguments.store_running(in_param, options, mu, var, _layout.accumulation_dtype(out.dtype))
+    return out, cache
+
+
+def instancenorm_backward_staged(dout: Any, cache: StagedCache) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of `instancenorm_forward_staged`, step by step backward: (dx, dgamma, dbeta).
+
+    Allocates as much as `batchnorm_backward_staged`. Results and errors as in `instancenorm_backward`.
+    """
+    return _backward(dout, cache, "instancenorm")
