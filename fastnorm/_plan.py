@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,23 @@ from fastnorm import _layout, _threads
 from fastnorm._dispatch import BackendUnavailableError
 from fastnorm.ops import _arguments
 
-_FAMILY = {"batchnorm": "channel", "layernorm": "row"}
-_DEFAULT_AXIS = {"batchnorm": 1, "layernorm": -1}
+
+class _Family(NamedTuple):
+    view_of: _layout.ViewOf
+    sizes: tuple[str, ...]
+    """What the numbers of the view are called."""
+    unit: str
+    """What a slab is a number of."""
+    axis: int
+    """The default."""
+
+
+_CHANNELS = _Family(_layout.channel_view, ("outer", "channels", "inner"), "channels", 1)
+_GROUPS = _Family(_layout.group_view, ("samples", "outer", "channels", "inner"), "channels of a sample", 1)
+_ROWS = _Family(_layout.row_view, ("rows", "cols"), "rows", -1)
+_FAMILY = {
+    "batchnorm": _CHANNELS, "groupnorm": _GROUPS, "instancenorm": _GROUPS, "layernorm": _ROWS, "rmsnorm": _ROWS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,8 @@ class Plan:
     direction: Literal["forward", "backward"]
     dtype: str
     sizes: tuple[int, ...]
-    """(outer, channels, inner) of batchnorm, (rows, cols) of layernorm, as they lie in memory."""
+    """(outer, channels, inner) of batchnorm, the same after the samples of groupnorm and instancenorm, (rows, cols) of
+    layernorm and rmsnorm, as they lie in memory."""
     threads: int
     packed: bool
     """Whether the array has to be copied into an order of memory that kernels read."""
@@ -57,13 +73,11 @@ class Plan:
 
     def __str__(self) -> str:
         family = _FAMILY[self.op]
-        names = ("outer", "channels", "inner") if family == "channel" else ("rows", "cols")
-        sizes = ", ".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True))
-        unit = "channels" if family == "channel" else "rows"
+        sizes = ", ".join(f"{name} {size}" for name, size in zip(family.sizes, self.sizes, strict=True))
         reads = "1 read" if self.reads == 1 else f"{self.reads} reads"
         lines = [
             f"{self.op} {self.direction}, {self.dtype}: {sizes}" + (", packed first" if self.packed else ""),
-            f"slab    {self.slab} {unit}, {_size(self.slab_bytes)}, "
+            f"slab    {self.slab} {family.unit}, {_size(self.slab_bytes)}, "
             + (f"shared by {self.threads} threads" if self.shared else f"one for each of {self.threads} threads"),
             f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run"),
             f"stores  {'past the cache' if self.streams else 'through the cache'}, fetching {_size(self.ahead)} ahead",
@@ -82,17 +96,18 @@ def _size(count: float) -> str:
 
 
 def plan(
-    op: str, x: Any, *, dtype: Any = None, axis: int | None = None,
+    op: str, x: Any, *, dtype: Any = None, axis: int | None = None, groups: int | None = None,
     direction: Literal["forward", "backward"] = "forward", threads: int | None = None,
 ) -> Plan:  # fmt: skip
     """How the C++ backend would run `<op>_<direction>` (training) on an array like x.
 
     Parameters
     ----------
-    op : 'batchnorm' or 'layernorm'
+    op : 'batchnorm', 'layernorm', 'groupnorm', 'instancenorm' or 'rmsnorm'
     x : an array, whose shape, strides and dtype count and whose values are not looked at, or a shape
         A shape means a C-contiguous array of `dtype`, default float32.
-    axis : the op's own; default 1 for batchnorm, -1 for layernorm.
+    axis : the op's own; default -1 for layernorm and rmsnorm, 1 for the others.
+    groups : of groupnorm, and of it alone
     direction : 'forward' or 'backward'
     threads : default `get_num_threads()`
 
@@ -110,19 +125,23 @@ def plan(
     except ImportError as error:
         raise BackendUnavailableError(f"plan: the extension is not available: {error}") from error
 
-    position = _layout.checked_axis(_DEFAULT_AXIS[op] if axis is None else axis, len(shape))
-    channel = _FAMILY[op] == "channel"
-    axes = (position,) if channel else tuple(range(position, len(shape)))
-    view_of = _layout.channel_view if channel else _layout.row_view
+    family = _FAMILY[op]
+    position = _layout.checked_axis(family.axis if axis is None else axis, len(shape))
+    axes = tuple(range(position, len(shape))) if family is _ROWS else (position,)
+    count = _counted_groups(op, groups, shape, position)
     size = math.prod(shape)
     if size == 0:
         raise ValueError(f"x: there is nothing to plan for an empty array, got shape {shape}")
-    view = view_of(shape, strides, storage.itemsize, axes) if direct else None
+    view = family.view_of(shape, strides, storage.itemsize, axes) if direct else None
     packed = view is None
     if view is None:
-        _, view = _layout.packed_view(shape, strides, storage.itemsize, view_of, axes)
+        _, view = _layout.packed_view(shape, strides, storage.itemsize, family.view_of, axes)
     arrays = 1 if direction == "forward" else 2
-    how = (core.plan_channels if channel else core.plan_rows)(*view.sizes, storage.itemsize, arrays, threads)
+    load = storage.itemsize, arrays, threads
+    if family is _GROUPS:
+        how = core.plan_groups(*view.sizes, count, *load)
+    else:
+        how = (core.plan_channels if family is _CHANNELS else core.plan_rows)(*view.sizes, *load)
     reads = arrays * how["passes"]
     return Plan(
         op=op, direction=direction, dtype=storage.name, sizes=tuple(view.sizes), threads=threads, packed=packed,
@@ -130,6 +149,15 @@ def plan(
         shared=how["team"], streams=how["stream"], ahead=how["ahead"], reads=reads, writes=1,
         bytes=(reads + 1) * size * storage.itemsize, floor=(arrays + 1) * size * storage.itemsize,
     )  # fmt: skip
+
+
+def _counted_groups(op: str, groups: Any, shape: tuple[int, ...], position: int) -> int:
+    """How many groups the channels fall into; of an op without groups not looked at."""
+    if op != "groupnorm" and groups is not None:
+        raise TypeError(f"groups: goes with groupnorm, not with {op}")
+    if _FAMILY[op] is _GROUPS and position == 0:
+        raise ValueError("axis: expected a channel axis after axis 0, the samples, got 0")
+    return _arguments.checked_groups(groups, shape[position]) if op == "groupnorm" else shape[position]
 
 
 def _described(x: Any, dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], bool]:

@@ -55,6 +55,21 @@ def test_an_array_with_gaps_is_planned_in_the_order_it_is_packed_in():
     assert fastnorm.plan("layernorm", swapped).packed
 
 
+def test_groups_go_sample_by_sample():
+    images = (16, 256, 56, 56)
+    plan = fastnorm.plan("groupnorm", images, groups=32, threads=2)
+    assert plan.sizes == (16, 1, 256, 3136)
+    assert (plan.reads, plan.writes, plan.slab % 8) == (1, 1, 0), "whole groups of 8 channels"
+    assert plan.bytes == plan.floor == 2 * 16 * 256 * 3136 * 4
+    assert fastnorm.plan("instancenorm", images).sizes == plan.sizes
+    last = fastnorm.plan("groupnorm", (16, 56, 56, 256), groups=32, axis=-1)
+    assert (last.sizes, last.packed) == ((16, 3136, 256, 1), False)
+    assert fastnorm.plan("groupnorm", np.empty((4, 8), order="F"), groups=2).packed
+    assert "16, outer 1, channels 256" in str(plan)
+    assert "channels of a sample" in str(plan)
+    assert fastnorm.plan("rmsnorm", (4096, 768)).slab == fastnorm.plan("layernorm", (4096, 768)).slab
+
+
 def test_small_results_stay_in_cache():
     assert not fastnorm.plan("layernorm", (64, 64)).streams
     assert fastnorm.plan("layernorm", (L3 // 4096, 4096)).streams
@@ -91,7 +106,11 @@ def test_dtypes_count_in_bytes(dtype):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "name"),
     [
-        (("groupnorm", (4, 8)), {}, ValueError, "op"),
+        (("groupednorm", (4, 8)), {}, ValueError, "op"),
+        (("groupnorm", (4, 8)), {}, TypeError, "groups"),
+        (("groupnorm", (4, 8)), {"groups": 3}, ValueError, "groups"),
+        (("groupnorm", (4, 8)), {"groups": 2, "axis": 0}, ValueError, "axis"),
+        (("batchnorm", (4, 8)), {"groups": 2}, TypeError, "groups"),
         (("batchnorm", 7), {}, TypeError, "x"),
         (("batchnorm", (4, -8)), {}, ValueError, "x"),
         (("batchnorm", (0, 8)), {}, ValueError, "x"),

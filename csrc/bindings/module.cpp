@@ -183,24 +183,37 @@ size_t common_floats(Array a, Array b) {
   return static_cast<size_t>(a.nbytes()) / sizeof(float);
 }
 
-// Plans as dictionaries, distances in bytes.
+// Plans as dictionaries, distances in bytes. `shape` is that of what is cut up, `ahead` in elements.
+py::dict described(const fastnorm::ChannelPlan& plan, const ChannelShape& shape, size_t ahead, size_t itemsize,
+                   size_t arrays) {
+  const fastnorm::Cut cut = fastnorm::cut_channels(shape);
+  py::dict result;
+  result["side_by_side"] = cut.side_by_side;
+  result["fold"] = cut.fold;
+  result["groups"] = cut.groups;
+  result["team"] = plan.team;
+  result["slab"] = plan.slab;
+  result["slab_bytes"] = plan.slab * shape.outer * shape.inner * itemsize * arrays;
+  result["stream"] = plan.stream;
+  result["ahead"] = ahead * itemsize;
+  result["passes"] = plan.passes;
+  return result;
+}
+
 void register_plan(py::module_& m) {
   m.def("plan_channels", [](size_t outer, size_t channels, size_t inner, size_t itemsize, size_t arrays, int threads) {
     const ChannelShape shape{outer, channels, inner};
-    const fastnorm::Cut cut = fastnorm::cut_channels(shape);
     const fastnorm::ChannelPlan plan = fastnorm::plan_channels(shape, itemsize, arrays, threads);
-    const bool last = plan.slab >= channels;
-    py::dict result;
-    result["side_by_side"] = cut.side_by_side;
-    result["fold"] = cut.fold;
-    result["groups"] = cut.groups;
-    result["team"] = plan.team;
-    result["slab"] = plan.slab;
-    result["slab_bytes"] = plan.slab * outer * inner * itemsize * arrays;
-    result["stream"] = plan.stream;
-    result["ahead"] = (last ? fastnorm::kReadAhead : plan.slab * inner) * itemsize;
-    result["passes"] = plan.passes;
-    return result;
+    const size_t ahead = plan.slab < channels ? plan.slab * inner : fastnorm::kReadAhead;
+    return described(plan, shape, ahead, itemsize, arrays);
+  });
+  m.def("plan_groups", [](size_t samples, size_t outer, size_t channels, size_t inner, size_t groups, size_t itemsize,
+                          size_t arrays, int threads) {
+    const GroupShape shape{samples, outer, channels, inner, groups};
+    const fastnorm::ChannelPlan plan = fastnorm::plan_groups(shape, itemsize, arrays, threads);
+    const size_t to_next_sample = samples > 1 ? outer * channels * inner : fastnorm::kReadAhead;
+    const size_t ahead = plan.slab < channels ? plan.slab * inner : to_next_sample;
+    return described(plan, shape.sample(), ahead, itemsize, arrays);
   });
   m.def("plan_rows", [](size_t rows, size_t cols, size_t itemsize, size_t arrays, int threads) {
     const fastnorm::RowPlan plan = fastnorm::plan_rows(RowShape{rows, cols}, itemsize, arrays, threads);

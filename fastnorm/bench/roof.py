@@ -43,7 +43,8 @@ def traffic(case: Case, x: Array, direction: Direction) -> Traffic:
     """What the C++ backend's plan of this call moves; one pass where there is no extension."""
     if _core() is None:
         return ONE_PASS[direction]
-    plan = fastnorm.plan(case.op.name, x, axis=case.axis, direction=direction)
+    groups = case.groups if case.op.takes_groups else None
+    plan = fastnorm.plan(case.op.name, x, axis=case.axis, direction=direction, groups=groups)
     return Traffic(plan.reads, plan.writes)
 
 
