@@ -3,8 +3,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Processes that the tests run in: most tests use one core.
-WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastnorm -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pyi')
 
@@ -15,7 +13,7 @@ run: $(VENV)/.installed
 	$(BIN)/fastnorm bench
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastnorm import Moments, _layout
-from fastnorm.bench.cases import OPS, Case, Inputs, Layout, dtype_of
+from fastnorm.bench.cases import DTYPES, OPS, Case, Inputs, Layout, dtype_of
 from fastnorm.bench.tolerances import roundoff, tolerance
 
 Array = np.ndarray[Any, Any]
@@ -27,11 +27,27 @@ SHAPES = (
     (2, 3, 2, 3, 4),
 )  # fmt: skip
 """Normalized over axis 1 (layernorm: from axis 1 on), in C order."""
+FEWER_SHAPES = (
+    (1, 1), (5, 7), (3, 128), (2053, 66), (2, 1009), (3, 40009),
+    (1, 2, 4099), (5, 66, 1), (3, 8, 17), (2, 3, 4, 5), (4, 16, 7, 7), (3, 64, 1, 1), (1, 4, 64, 65), (2, 33, 3, 31),
+    (2, 320, 3, 3), (2, 3, 2, 3, 4),
+)  # fmt: skip
+"""For the ops on kernels that others have been through, and for groups."""
+SHAPES_OF = {op: SHAPES if op in ("batchnorm", "layernorm") else FEWER_SHAPES for op in OPS}
+
+FAMILIES = ("batchnorm", "groupnorm", "layernorm")
+"""An op of each family. The others differ from these in an option of the same calls."""
+DTYPES_OF = {op: DTYPES if op in ("batchnorm", "layernorm") else ("float32",) for op in OPS}
 
 AXES = (
     ((4, 5), 0), ((4, 5), -1), ((3, 4, 5), 0), ((3, 4, 5), 2), ((2, 3, 4, 5), -1), ((2, 3, 4, 5), 2),
     ((2, 3, 4, 5), -4), ((2, 1, 3, 1, 4), 3),
 )  # fmt: skip
+
+
+AXES_OF = {
+    op: [(shape, axis) for shape, axis in AXES if OPS[op].family != "group" or axis % len(shape) != 0] for op in OPS
+}
 
 
 def case(op: str, shape: tuple[int, ...], axis: int = 1, dtype: str = "float32") -> Case:
@@ -186,27 +202,33 @@ def truth(
     def wide(array: Array) -> Array:
         return np.asarray(array).astype(wider)
 
-    axes = case.kept_axes if case.op.family == "channel" else case.reduced_axes
-    among = [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
-    samples = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    x, dout = wide(x), wide(dout)
+    shape, axes, stats = list(x.shape), case.parameter_axes, case.reduced_axes
+    if case.op.family == "group" and constants is None:  # the channel axis as (groups, channels of a group)
+        (axis,) = axes
+        shape[axis : axis + 1] = [case.groups, x.shape[axis] // case.groups]
+        axes, stats = (axis, axis + 1), tuple(each for each in range(1, len(shape)) if each != axis)
+    among = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+    samples = tuple(axis for axis in range(len(shape)) if axis not in axes)
+    x, dout = wide(x).reshape(shape), wide(dout).reshape(shape)
     scale = np.ones(among, wider) if gamma is None else wide(gamma).reshape(among)
-    shift = np.zeros(among, wider) if beta is None else wide(beta).reshape(among)
+    shift = np.zeros(among, wider) if beta is None or not case.op.centred else wide(beta).reshape(among)
 
     def mean_of(values: Array) -> Array:
-        return values.mean(axis=case.reduced_axes, keepdims=True)
+        return values.mean(axis=stats, keepdims=True)
 
-    moments = _moments(x, case.reduced_axes, accumulation, naive=naive)
+    moments = _moments(x, stats, accumulation, naive=naive) if case.op.centred else _squares(x, stats)
     mean, var = (m.value for m in moments) if constants is None else (wide(c).reshape(among) for c in constants)
     total = var + wider.type(eps)
     rstd = np.divide(1, np.sqrt(total), out=np.zeros_like(total), where=total != 0)
     xhat = (x - mean) * rstd
-    one = 1 + _mean_rounding(mean, accumulation, naive=naive) * rstd
-    size = np.abs(xhat) + one
+    size, one = np.abs(xhat), 0
+    if case.op.centred:
+        one = 1
+        size = size + one + _mean_rounding(mean, accumulation, naive=naive) * rstd
     grad, weight = dout * scale, np.abs(dout * scale)
     if constants is None:
-        dx = rstd * (grad - mean_of(grad) - xhat * mean_of(grad * xhat))
-        dx_magnitude = rstd * (weight + mean_of(weight) + size * mean_of(weight * size))
+        dx = rstd * (grad - one * mean_of(grad) - xhat * mean_of(grad * xhat))
+        dx_magnitude = rstd * (weight + one * mean_of(weight) + size * mean_of(weight * size))
     else:
         dx, dx_magnitude = rstd * grad, rstd * weight
 
@@ -222,6 +244,13 @@ def truth(
         terms=terms + summed,
         accumulation=accumulation,
     )
+
+
+def _squares(x: Array, axes: tuple[int, ...]) -> tuple[Quantity, Quantity]:
+    """No mean, and the mean of squares."""
+    squares = (x * x).mean(axis=axes, keepdims=True)
+    none = np.zeros_like(squares)
+    return Quantity(none, none), Quantity(squares, squares)
 
 
 def check(name: str, got: Array, expected: Quantity, accumulation: np.dtype[Any], terms: int) -> None:
@@ -274,11 +303,14 @@ def standard(op: str, shape: tuple[int, ...], axis: int = 1, dtype: str = "float
 
 def fused(case: Case, inputs: Inputs, backend: str, *, eps: float = EPS) -> dict[str, Array | None]:
     """Forward and backward on a backend, without what is None."""
-    x, gamma, beta, dout = inputs
-    y, cache = case.op.forward(x, gamma, beta, {"eps": eps}, axis=case.axis, backend=backend)
-    dx, dgamma, dbeta = case.op.backward(dout, cache, backend=backend)
-    found = {"y": y, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+    y, cache = case.op.forward(*case.arguments(*inputs[:3]), {"eps": eps}, axis=case.axis, backend=backend)
+    found = {"y": y, **gradients(case.op.backward(inputs.dout, cache, backend=backend))}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def gradients(results: tuple[Array | None, ...]) -> dict[str, Array | None]:
+    """What a backward returned, by name."""
+    return dict(zip(("dx", "dgamma", "dbeta"), results, strict=False))
 
 
 def rearranged(inputs: Inputs, x: str, dout: str | None = None) -> Inputs:
@@ -288,4 +320,4 @@ def rearranged(inputs: Inputs, x: str, dout: str | None = None) -> Inputs:
     )
 
 
-__all__ = ["ARRANGEMENTS", "AXES", "EPS", "OPS", "SHAPES", "WRITABLE", "Case", "Inputs", "dtype_of"]
+__all__ = ["ARRANGEMENTS", "EPS", "OPS", "WRITABLE", "Case", "Inputs", "dtype_of"]

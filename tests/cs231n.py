@@ -1,6 +1,7 @@
 """The functions of the CS231n assignment and of d2l as their readers write them, to compare with.
 
-Batch and layer normalization of (N, D), and d2l's of (N, C, H, W) with parameters of (1, C, 1, 1).
+Batch and layer normalization of (N, D), group normalization of (N, C, H, W), and d2l's batch normalization of
+(N, C, H, W) with parameters of (1, C, 1, 1).
 """
 
 from __future__ import annotations
@@ -85,6 +86,30 @@ def layernorm_backward(dout, cache):
     )
     dx = 1 / np.sqrt(sample_var + eps) * dx_hat + dvar * 2.0 / d * (x - sample_mean) + 1.0 / d * dmean
     return dx, np.sum(x_hat * dout, axis=0), np.sum(dout, axis=0)
+
+
+def spatial_groupnorm_forward(x, gamma, beta, G, gn_param):  # noqa: N803
+    eps = gn_param.get("eps", 1e-5)
+    samples, channels, height, width = x.shape
+    grouped = x.reshape(samples * G, -1)
+    mean, var = grouped.mean(axis=1, keepdims=True), grouped.var(axis=1, keepdims=True)
+    x_norm = ((grouped - mean) / np.sqrt(var + eps)).reshape(samples, channels, height, width)
+    return x_norm * gamma + beta, (G, x, x_norm, mean, var, beta, gamma, eps)
+
+
+def spatial_groupnorm_backward(dout, cache):
+    groups, x, x_norm, mean, var, _, gamma, eps = cache
+    dbeta = np.sum(dout, axis=(0, 2, 3), keepdims=True)
+    dgamma = np.sum(dout * x_norm, axis=(0, 2, 3), keepdims=True)
+    dx_norm = (dout * gamma).reshape(x.shape[0] * groups, -1)
+    centred = x.reshape(dx_norm.shape) - mean
+    n = dx_norm.shape[1]
+    dvar = np.sum(dx_norm * centred * (-0.5) * (var + eps) ** -1.5, axis=1, keepdims=True)
+    dmean = np.sum(-dx_norm / np.sqrt(var + eps), axis=1, keepdims=True) + dvar * np.mean(
+        -2 * centred, 1, keepdims=True
+    )
+    dx = dx_norm / np.sqrt(var + eps) + dvar * 2 / n * centred + dmean / n
+    return dx.reshape(x.shape), dgamma, dbeta
 
 
 def batch_norm(x, gamma, beta, moving_mean, moving_var, eps, momentum, *, training):

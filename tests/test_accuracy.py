@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from cases import (
     ARRANGEMENTS,
-    AXES,
+    AXES_OF,
+    DTYPES_OF,
+    FAMILIES,
     OPS,
-    SHAPES,
+    SHAPES_OF,
     WRITABLE,
     Inputs,
     case,
     check_all,
     fused,
+    gradients,
     rearranged,
     standard,
     storage,
@@ -26,27 +29,27 @@ import fastnorm
 from fastnorm.bench.cases import DTYPES
 
 ops = pytest.mark.parametrize("op", OPS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+families = pytest.mark.parametrize("op", FAMILIES)
+families_and_dtypes = pytest.mark.parametrize(
+    ("op", "dtype"), [(op, each) for op in FAMILIES for each in DTYPES_OF[op]]
+)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@dtypes
-@ops
+@pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in OPS for shape in SHAPES_OF[op]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes(op, dtype, shape, backend):
     this, inputs, expected = standard(op, shape, dtype=dtype)
     check_all(expected, fused(this, inputs, backend))
 
 
-@pytest.mark.parametrize(("shape", "axis"), AXES, ids=str)
-@ops
+@pytest.mark.parametrize(("op", "shape", "axis"), [(op, *row) for op in OPS for row in AXES_OF[op]], ids=str)
 def test_axes(op, shape, axis, backend):
     this, inputs, expected = standard(op, shape, axis)
     check_all(expected, fused(this, inputs, backend))
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@dtypes
-@ops
+@families_and_dtypes
 def test_layouts(op, dtype, arrangement, backend):
     for shape in ((19, 37), (3, 5, 7), (2, 5, 4, 3)):
         this = case(op, shape, dtype=dtype)
@@ -61,7 +64,7 @@ def test_layouts(op, dtype, arrangement, backend):
             np.testing.assert_array_equal(before, (inputs.x, inputs.dout))
 
 
-@ops
+@families
 def test_layouts_of_x_and_dout_mixed(op, backend):
     this = case(op, (4, 5, 3))
     for of_x, of_dout in itertools.product(ARRANGEMENTS, ARRANGEMENTS):
@@ -69,7 +72,7 @@ def test_layouts_of_x_and_dout_mixed(op, backend):
         check_all(truth(this, *inputs), fused(this, inputs, backend))
 
 
-@ops
+@families
 def test_the_result_has_the_layout_of_x(op, backend):
     this = case(op, (4, 6, 5, 3))
     for name, arrange in ARRANGEMENTS.items():
@@ -80,7 +83,7 @@ def test_the_result_has_the_layout_of_x(op, backend):
 
 
 @pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "int64", "uint64", "bool"])
-@ops
+@families
 def test_integers_and_bools_become_float64(op, kind, backend, rng):
     this = case(op, (9, 10), dtype="float64")
     x, dout = rng.integers(0, 2 if kind == "bool" else 100, (2, 9, 10)).astype(kind)
@@ -91,7 +94,7 @@ def test_integers_and_bools_become_float64(op, kind, backend, rng):
 
 
 @pytest.mark.parametrize(("of_x", "of_dout"), list(itertools.permutations(DTYPES, 2)))
-@ops
+@families
 def test_dtypes_of_x_and_dout_mixed(op, of_x, of_dout, backend):
     this = case(op, (7, 11), dtype=of_x)
     inputs = this.inputs()._replace(dout=case(op, (7, 11), dtype=of_dout).inputs().dout)
@@ -109,7 +112,7 @@ def test_gamma_and_beta_may_be_none(op, with_gamma, with_beta, arrangement, back
     x, gamma, beta, dout = rearranged(this.inputs(), arrangement, arrangement)
     inputs = Inputs(x, gamma if with_gamma else None, beta if with_beta else None, dout)
     results = fused(this, inputs, backend)
-    assert ("dgamma" in results, "dbeta" in results) == (with_gamma, with_beta)
+    assert ("dgamma" in results, "dbeta" in results) == (with_gamma, with_beta and this.op.centred)
     check_all(truth(this, *inputs), results)
 
 
@@ -122,6 +125,7 @@ def test_gamma_and_beta_may_be_none(op, with_gamma, with_beta, arrangement, back
         ("batchnorm", (3, 6, 2, 4), (1, 6, 1, 1)),
         ("batchnorm", (3, 6), (1, 6)),
         ("batchnorm", (3, 1), (1,)),
+        ("groupnorm", (3, 6, 2, 4), (1, 6, 1, 1)),
         ("layernorm", (3, 6), (1, 6)),
         ("layernorm", (3, 6, 4), (6, 4)),
         ("layernorm", (3, 6, 4), (1, 6, 4)),
@@ -145,19 +149,18 @@ def test_parameters_of_any_fitting_shape_and_dtype(op, shape, parameter, kind, b
 
 
 @pytest.mark.parametrize("of_out", WRITABLE)
-@dtypes
-@ops
+@families_and_dtypes
 def test_out(op, dtype, of_out, backend):
     this = case(op, (6, 9, 4), dtype=dtype)
     for of_x in ("C", "channels-last", "gaps"):
         inputs = rearranged(this.inputs(), of_x)
-        x, gamma, beta, dout = inputs
-        y, dx = (ARRANGEMENTS[of_out](np.full(x.shape, 7, x.dtype)) for _ in range(2))
-        result, cache = this.op.forward(x, gamma, beta, {}, axis=1, out=y, backend=backend)
-        gradient, dgamma, dbeta = this.op.backward(dout, cache, out=dx, backend=backend)
+        y, dx = (ARRANGEMENTS[of_out](np.full(inputs.x.shape, 7, inputs.x.dtype)) for _ in range(2))
+        arguments = this.arguments(*inputs[:3])
+        result, cache = this.op.forward(*arguments, {}, axis=1, out=y, backend=backend)
+        found = gradients(this.op.backward(inputs.dout, cache, out=dx, backend=backend))
         assert result is y
-        assert gradient is dx
-        check_all(truth(this, *inputs), {"y": y, "dx": dx, "dgamma": dgamma, "dbeta": dbeta})
+        assert found["dx"] is dx
+        check_all(truth(this, *inputs), {"y": y, **found})
         without = fused(this, inputs, backend)
         if y.strides == without["y"].strides:
             np.testing.assert_array_equal(y, without["y"])

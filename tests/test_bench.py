@@ -48,8 +48,8 @@ def test_sizes_of_the_groups():
     by_group = {}
     for entry in target_entries():
         by_group.setdefault(entry.group, []).append(entry.case)
-    assert all(case.nbytes >= 40e6 for case in by_group["large"] + by_group["dtypes"])
-    assert all(60e3 <= case.nbytes <= 2**24 for case in by_group["cache"])
+    assert all(case.nbytes >= 40e6 for case in by_group["large"] + by_group["dtypes"] + by_group["family"])
+    assert all(60e3 <= case.nbytes <= 2**24 for case in by_group["cache"] + by_group["family cached"])
     assert {case.dtype for case in by_group["dtypes"]} == set(DTYPES)
     tall = {case.shape for case in by_group["large"] if case.op.name == "batchnorm" and case.layout.label == "ND"}
     assert {rows for rows, _ in tall} >= {256, 65536}
@@ -71,7 +71,7 @@ def test_networks_have_all_of_their_normalizations():
 def test_cases_are_selected_by_name():
     parts = targets.selected(target_entries(), ["^large.*NHWC 16x256x56x56 float32 backward$", "^small.*ND 4x8 .*forw"])
     assert [(entry.group, direction) for entry, direction in parts] == [
-        ("large", "backward"), ("small", "forward"), ("small", "forward"),
+        ("large", "backward"), ("small", "forward"), ("small", "forward"), ("small", "forward"),
     ]  # fmt: skip
     assert len(targets.selected(target_entries(), [])) == 2 * len(target_entries())
 
@@ -224,7 +224,10 @@ def test_traffic_is_the_plans():
     [
         ("batchnorm", "ND", (12, 16)), ("batchnorm", "ND fortran", (12, 16)), ("batchnorm", "NCHW", (3, 16, 5, 4)),
         ("batchnorm", "NHWC", (3, 16, 5, 4)), ("batchnorm", "channels-last", (3, 5, 4, 16)),
-        ("layernorm", "ND", (12, 16)), ("layernorm", "N(CHW)", (3, 2, 5, 4)),
+        ("layernorm", "ND", (12, 16)), ("layernorm", "N(CHW)", (3, 2, 5, 4)), ("rmsnorm", "ND", (12, 16)),
+        ("groupnorm", "NCHW", (3, 16, 5, 4)), ("groupnorm", "NHWC", (3, 16, 5, 4)),
+        ("groupnorm", "channels-last", (3, 5, 4, 16)), ("instancenorm", "NCHW", (3, 16, 5, 4)),
+        ("instancenorm", "NHWC", (3, 16, 5, 4)),
     ],
     ids=str,
 )  # fmt: skip
@@ -256,7 +259,8 @@ def entries(monkeypatch):
         Entry("large", image, contest=True), Entry("cache", small_case(), contest=True), Entry("small", small_case()),
         *(Entry("dtypes", small_case(dtype=dtype)) for dtype in ("float32", "float16")),
         Entry("threads", small_case()), Entry("networks", image, network="Net", count=3),
-        Entry("networks", small_case("layernorm"), network="Net", count=2),
+        Entry("networks", small_case("layernorm"), network="Net", count=2), Entry("family", small_case("rmsnorm")),
+        Entry("family cached", small_case("groupnorm", "NCHW", (3, 16, 5, 4))),
     ]  # fmt: skip
     monkeypatch.setattr(cli, "target_entries", lambda: found)
     return found

@@ -63,6 +63,11 @@ NHWC = (0, 2, 3, 1)
         ("batchnorm", (3, 7, 9, 5), -1, None),
         ("batchnorm", (3, 5, 4, 7, 9), 1, (0, 2, 3, 4, 1)),
         *(("layernorm", shape, -1, None) for shape in ((4, 8), (33, 70), (3, 5, 7, 9))),
+        ("rmsnorm", (33, 70), -1, None),
+        *(("groupnorm", shape, 1, None) for shape in ((4, 8), (3, 6, 7, 9))),
+        ("groupnorm", (3, 6, 7, 9), 1, NHWC),
+        ("groupnorm", (3, 7, 9, 6), -1, None),
+        ("instancenorm", (3, 5, 7, 9), 1, None),
     ],
     ids=str,
 )
@@ -74,9 +79,10 @@ def test_both_ways_give_equal_bits(op, shape, axis, memory, dtype, given, taken,
     if mode:
         param = {"mode": mode, "running_mean": np.full(shape[axis], 0.5), "running_var": np.full(shape[axis], 2.0)}
     forward, backward = getattr(fastnorm, f"{op}_forward"), getattr(fastnorm, f"{op}_backward")
+    arguments = {"groupnorm": (x, gamma, beta, 2), "rmsnorm": (x, gamma)}.get(op, (x, gamma, beta))
 
     def run(out=None):
-        y, cache = forward(x, gamma, beta, dict(param), axis=axis, out=out, backend=backend)
+        y, cache = forward(*arguments, dict(param), axis=axis, out=out, backend=backend)
         y = y.copy(order="K")
         return y, *backward(dout, cache, out=out, backend=backend)
 

@@ -25,9 +25,6 @@ class Foreign:
     def __array__(self, *_):
         raise AssertionError("must not be converted silently")
 
-    def __repr__(self):
-        return "Foreign()"
-
 
 # What every forward refuses: (arguments that differ from good ones, exception, what the message names).
 INPUTS = [
@@ -70,16 +67,16 @@ INPUTS = [
     ({"param": {"eps": True}}, TypeError, "eps"),
     ({"param": {"eps": np.ones(6)}}, TypeError, "eps"),
 ]
-BATCHNORM = [
+WITH_CHANNELS = [
     *INPUTS,
     ({"x": np.ones(6, np.float32)}, ValueError, "x"),
+]
+WITH_RUNNING = [
+    *WITH_CHANNELS,
     ({"param": {"mode": "eval"}}, ValueError, "mode"),
     ({"param": {"mode": "Train"}}, ValueError, "mode"),
     ({"param": {"mode": None}}, ValueError, "mode"),
     ({"param": {"mode": np.array(["train"])}}, ValueError, "mode"),
-    ({"param": {"mode": "test"}}, ValueError, "running_mean"),
-    ({"param": {"mode": "test", "running_mean": ONES}}, ValueError, "running_var"),
-    ({"param": {"mode": "test", "running_mean": None, "running_var": ONES}}, ValueError, "running_mean"),
     ({"param": {"running_mean": np.ones(5)}}, ValueError, "running_mean"),
     ({"param": {"running_var": np.ones(7)}}, ValueError, "running_var"),
     ({"param": {"running_mean": np.ones((2, 3))}}, ValueError, "running_mean"),
@@ -90,11 +87,51 @@ BATCHNORM = [
     ({"param": {"momentum": np.nan}}, ValueError, "momentum"),
     ({"param": {"momentum": "0.9"}}, TypeError, "momentum"),
 ]
-LAYERNORM = [
-    *INPUTS,
+WITHOUT_RUNNING = [
     ({"param": {"momentum": 0.9}}, ValueError, "momentum"),
     ({"param": {"running_mean": ONES}}, ValueError, "running_mean"),
 ]
+REFUSED = {
+    "batchnorm": [
+        *WITH_RUNNING,
+        ({"param": {"mode": "test"}}, ValueError, "running_mean"),
+        ({"param": {"mode": "test", "running_mean": ONES}}, ValueError, "running_var"),
+        ({"param": {"mode": "test", "running_mean": None, "running_var": ONES}}, ValueError, "running_mean"),
+    ],
+    "layernorm": [*INPUTS, *WITHOUT_RUNNING],
+    "groupnorm": [
+        *WITH_CHANNELS,
+        *WITHOUT_RUNNING,
+        ({"axis": 0}, ValueError, "axis"),
+        ({"axis": -2}, ValueError, "axis"),
+        ({"groups": 4}, ValueError, "groups"),
+        ({"groups": 12}, ValueError, "groups"),
+        ({"groups": 0}, ValueError, "groups"),
+        ({"groups": -2}, ValueError, "groups"),
+        ({"groups": 2.0}, TypeError, "groups"),
+        ({"groups": True}, TypeError, "groups"),
+        ({"groups": "2"}, TypeError, "groups"),
+        ({"groups": None}, TypeError, "groups"),
+    ],
+    "instancenorm": [
+        *WITH_RUNNING,
+        ({"axis": 0}, ValueError, "axis"),
+        ({"param": {"running_mean": ONES}}, ValueError, "running_var"),
+        ({"param": {"mode": "test", "running_var": ONES}}, ValueError, "running_mean"),
+    ],
+    "rmsnorm": [*(row for row in INPUTS if "beta" not in row[0]), *WITHOUT_RUNNING],
+}
+PARAM_NAMES = {
+    "batchnorm": "bn_param", "layernorm": "ln_param", "groupnorm": "gn_param", "instancenorm": "in_param",
+    "rmsnorm": "rms_param",
+}  # fmt: skip
+
+
+def arguments(op, x, gamma=ONES, beta=ONES, groups=2):
+    """What the forward of this op takes before its options."""
+    if op == "rmsnorm":
+        return x, gamma
+    return (x, gamma, beta, groups) if op == "groupnorm" else (x, gamma, beta)
 
 
 def _bad_outs():
@@ -121,27 +158,21 @@ def _bad_outs():
     ]
 
 
-@pytest.mark.parametrize(("change", "error", "names"), BATCHNORM, ids=lambda value: repr(value)[:60])
-@pytest.mark.parametrize("function", [fastnorm.batchnorm_forward, fastnorm.batchnorm_forward_staged])
-def test_batchnorm_refuses(function, change, error, names):
-    _refused(function, "bn_param", change, error, names)
-
-
-@pytest.mark.parametrize(("change", "error", "names"), LAYERNORM, ids=lambda value: repr(value)[:60])
-@pytest.mark.parametrize("function", [fastnorm.layernorm_forward, fastnorm.layernorm_forward_staged])
-def test_layernorm_refuses(function, change, error, names):
-    _refused(function, "ln_param", change, error, names)
-
-
-def _refused(function, param_name, change, error, names):
-    given = {"x": X, "gamma": ONES, "beta": ONES, "param": {}, "axis": 1, **change}
-    param = given.pop("param")
+@pytest.mark.parametrize(
+    ("op", "change", "error", "names"),
+    [(op, *row) for op, rows in REFUSED.items() for row in rows],
+    ids=lambda value: repr(value)[:60],
+)
+@pytest.mark.parametrize("variant", ["", "_staged"])
+def test_forward_refuses(op, variant, change, error, names):
+    given = {"x": X, "param": {}, "axis": 1, **change}
+    param, axis = given.pop("param"), given.pop("axis")
     before = copy.deepcopy(param)
     out = np.full((4, 6), 7, np.float32)
-    if not function.__name__.endswith("staged"):
-        given["out"] = out
+    options = {"axis": axis} | ({} if variant else {"out": out})
     with pytest.raises(error) as caught:
-        function(given.pop("x"), given.pop("gamma"), given.pop("beta"), param, **given)
+        getattr(fastnorm, f"{op}_forward{variant}")(*arguments(op, **given), param, **options)
+    param_name = PARAM_NAMES[op]
     assert type(caught.value) is error
     message = str(caught.value)
     names = param_name if names == "param" else names
@@ -155,12 +186,13 @@ def test_a_typo_is_answered_with_the_key_it_resembles():
         fastnorm.batchnorm_forward(X, ONES, ONES, {"epsilon": 1e-5})
 
 
-def test_mode_is_accepted_and_ignored_by_layernorm():
+@pytest.mark.parametrize("op", ["layernorm", "groupnorm", "rmsnorm"])
+def test_mode_is_accepted_and_ignored_without_running_statistics(op):
     for mode in ("train", "test"):
-        fastnorm.layernorm_forward(X, ONES, ONES, {"mode": mode})
+        getattr(fastnorm, f"{op}_forward")(*arguments(op, X), {"mode": mode})
 
 
-@pytest.mark.parametrize("op", ["batchnorm", "layernorm"])
+@pytest.mark.parametrize("op", ["batchnorm", "groupnorm", "layernorm"])
 @pytest.mark.parametrize("index", range(13))
 def test_out_that_cannot_be_written_is_refused(op, index, backend):
     name, out, x, error = _bad_outs()[index]
@@ -170,8 +202,8 @@ def test_out_that_cannot_be_written_is_refused(op, index, backend):
     before = copy.deepcopy(out) if isinstance(out, np.ndarray) else None
     param = {}
     with pytest.raises(error, match=r"^out: "):
-        forward(x, gamma, ONES, param, out=out, backend=backend)
-    _, cache = forward(x, gamma, ONES, backend=backend)
+        forward(*arguments(op, x, gamma), param, out=out, backend=backend)
+    _, cache = forward(*arguments(op, x, gamma), backend=backend)
     with pytest.raises(error, match=r"^out: "):
         backward(X, cache, out=out, backend=backend)
     assert param == {}
@@ -197,14 +229,17 @@ def test_out_that_interleaves_with_x_is_no_overlap(backend):
 
 # ---- backward -------------------------------------------------------------------------------------
 
-OTHERS = {"batchnorm": "layernorm", "layernorm": "batchnorm"}
+OTHERS = {
+    "batchnorm": "instancenorm", "instancenorm": "groupnorm", "groupnorm": "instancenorm", "layernorm": "rmsnorm",
+    "rmsnorm": "layernorm",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["", "_alt", "_staged"])
-@pytest.mark.parametrize("op", ["batchnorm", "layernorm"])
+@pytest.mark.parametrize("op", OTHERS)
 def test_backward_refuses(op, variant):
     forwards = {
-        (name, kind): getattr(fastnorm, f"{name}_forward{kind}")(X, ONES, ONES, axis=1)[1]
+        (name, kind): getattr(fastnorm, f"{name}_forward{kind}")(*arguments(name, X), axis=1)[1]
         for name in OTHERS
         for kind in ("", "_staged")
     }
@@ -280,6 +315,7 @@ def test_backward_after_the_output_replaced_x(variant, backend):
         (lambda: _apply(gamma=np.ones(5)), ValueError, "gamma"),
         (lambda: _apply(out=X), ValueError, "out"),
         (lambda: fastnorm.spatial_batchnorm_forward(X, ONES, ONES), ValueError, "x"),
+        (lambda: fastnorm.spatial_groupnorm_forward(X, ONES, ONES, 2), ValueError, "x"),
         (lambda: fastnorm.spatial_batchnorm_forward(IMAGES, np.ones(3), ONES), ValueError, "gamma"),
         (lambda: fastnorm.set_num_threads(0), ValueError, "count"),
         (lambda: fastnorm.set_num_threads(-1), ValueError, "count"),

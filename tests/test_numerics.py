@@ -6,13 +6,17 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from cases import OPS, Inputs, case, check_all, check_moments, fused, standard, storage, truth
+from cases import DTYPES_OF, FAMILIES, OPS, Inputs, case, check_all, check_moments, fused, standard, storage, truth
 
 import fastnorm
 from fastnorm.bench.cases import DTYPES, dtype_of
 from fastnorm.bench.tolerances import roundoff
 
 ops = pytest.mark.parametrize("op", OPS)
+families = pytest.mark.parametrize("op", FAMILIES)
+families_and_dtypes = pytest.mark.parametrize(
+    ("op", "dtype"), [(op, each) for op in FAMILIES for each in DTYPES_OF[op]]
+)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -27,7 +31,7 @@ def _far_from_zero(op, shape, dtype, ratio):
 @pytest.mark.parametrize("ratio", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(1024, 5), (5, 1024), (4099, 33), (33, 4099), (2, 3, 300, 7)], ids=str)
-@ops
+@families
 def test_the_error_does_not_grow_with_mean_over_spread(op, shape, dtype, ratio, backend):
     """The tolerances know the spread only, apart from the rounding of a float64 mean."""
     this, inputs, expected = _far_from_zero(op, shape, dtype, ratio)
@@ -36,19 +40,19 @@ def test_the_error_does_not_grow_with_mean_over_spread(op, shape, dtype, ratio, 
 
 
 @pytest.mark.parametrize("drift", [0.0, 1e3, 1e6])
-@ops
+@families
 def test_means_that_differ_between_blocks(op, drift, backend, rng):
     """Blocks merged by Chan's rule must not lose the distance between their means."""
-    shape = (3, 200_000) if op == "layernorm" else (200_000, 3)
+    shape, axis = {"batchnorm": ((200_000, 3), 0), "layernorm": ((3, 200_000), 1), "groupnorm": ((2, 4, 75_000), 2)}[op]
     this = case(op, shape)
-    along = np.linspace(0, drift, 200_000).reshape((1, -1) if op == "layernorm" else (-1, 1))
+    along = np.linspace(0, drift, shape[axis]).reshape([-1 if each == axis else 1 for each in range(len(shape))])
     inputs = this.inputs()._replace(x=(along + rng.standard_normal(shape)).astype(np.float32))
     check_all(truth(this, *inputs), fused(this, inputs, backend))
 
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("shape", [(4099, 33), (33, 4099), (9000, 3), (16, 6, 7, 7), (2, 3, 300, 7)], ids=str)
-@ops
+@families
 def test_first_elements_far_from_the_rest(op, shape, far, backend, rng):
     """A kernel that looks at a block's first elements for a pivot must not trust them."""
     this = case(op, shape)
@@ -71,16 +75,19 @@ CONSTANTS = (0.0, -0.0, 1.0, 0.1, -3.7, 1e4 + 1 / 3, 6e-5)
 @pytest.mark.parametrize(
     "shape", [(1, 4), (2, 3), (7, 4), (17, 33), (1000, 3), (4099, 5), (150_000, 2), (2, 5, 8, 8)], ids=str
 )
-@dtypes
-@ops
+@families_and_dtypes
 def test_constants_give_exactly_beta(op, dtype, shape, eps, backend):
     this = case(op, shape if op == "batchnorm" else shape[::-1], dtype=dtype)
     _, gamma, beta, dout = this.inputs()
     stored = dtype_of(dtype)
     among = [n if axis in this.kept_axes else 1 for axis, n in enumerate(this.shape)]
-    statistics = int(np.prod(among))
-    constants = np.resize(np.array([*CONSTANTS, 0.9 * float(np.finfo(np.float16).max)]), statistics).astype(stored)
-    x = np.ascontiguousarray(np.broadcast_to(constants.reshape(among), this.shape))
+    if this.op.takes_groups:
+        among[1] = this.groups
+    constants = np.array([*CONSTANTS, 0.9 * float(np.finfo(np.float16).max)]).astype(stored)
+    constants = np.resize(constants, among)
+    if this.op.takes_groups:
+        constants = constants.repeat(this.shape[1] // this.groups, axis=1)
+    x = np.ascontiguousarray(np.broadcast_to(constants, this.shape))
     results = fused(this, Inputs(x, gamma, beta, dout), backend, eps=eps)
     parameters = [n if len(this.parameter_shape) == 1 and axis == 1 else 1 for axis, n in enumerate(this.shape)]
     if op == "layernorm":
@@ -91,12 +98,11 @@ def test_constants_give_exactly_beta(op, dtype, shape, eps, backend):
     if eps == 0.0:  # rstd counts as 0 then
         np.testing.assert_array_equal(results["dx"], np.zeros(this.shape))
     found = fastnorm.moments(x, this.reduced_axes, backend=backend)
-    np.testing.assert_array_equal(found.mean.reshape(-1), constants.astype(np.float64))
+    np.testing.assert_array_equal(found.mean.reshape(-1), constants.astype(np.float64).reshape(-1))
     np.testing.assert_array_equal(found.var, np.zeros_like(found.var))
 
 
-@dtypes
-@ops
+@families_and_dtypes
 def test_one_value_per_statistic_gives_beta_and_no_gradient(op, dtype, backend):
     this, inputs, expected = standard(op, (1, 6) if op == "batchnorm" else (6, 1), dtype=dtype)
     results = fused(this, inputs, backend)
@@ -107,16 +113,16 @@ def test_one_value_per_statistic_gives_beta_and_no_gradient(op, dtype, backend):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(5, 7), (100, 64), (64, 300), (2, 6, 5, 5)], ids=str)
-@dtypes
-@ops
+@families_and_dtypes
 def test_nan_and_inf_in_x_stay_where_they_are(op, dtype, shape, bad, backend):
     this = case(op, shape, dtype=dtype)
     inputs = this.inputs()
     x = inputs.x.copy()
     x[1, 2] = bad
     clean, dirty = fused(this, inputs, backend), fused(this, inputs._replace(x=x), backend)
-    # The channel or sample that holds the bad value is all NaN, the others are bit for bit as before.
-    here = (slice(None), 2) if op == "batchnorm" else (1,)
+    # The channel, group or sample that holds the bad value is all NaN, the others are bit for bit as before.
+    group = _group_of_channel_2(this)
+    here = {"batchnorm": (slice(None), 2), "groupnorm": (1, group), "layernorm": (1,)}[op]
     for name in ("y", "dx"):
         got = dirty[name].astype(np.float64)
         assert np.isnan(got[here]).all(), name
@@ -125,14 +131,22 @@ def test_nan_and_inf_in_x_stay_where_they_are(op, dtype, shape, bad, backend):
         expected[here] = 0
         np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(dirty["dbeta"], clean["dbeta"])
-    if op == "batchnorm":
-        assert np.flatnonzero(np.isnan(dirty["dgamma"])).tolist() == [2]
-    else:
-        assert np.isnan(dirty["dgamma"]).all()
+    bad_sums = {"batchnorm": 2, "groupnorm": group, "layernorm": ...}[op]
+    np.testing.assert_array_equal(np.isnan(dirty["dgamma"]), _true_at(bad_sums, dirty["dgamma"].shape))
 
 
-@dtypes
-@ops
+def _true_at(here, shape):
+    found = np.zeros(shape, bool)
+    found[here] = True
+    return found
+
+
+def _group_of_channel_2(case):
+    width = case.shape[1] // case.groups
+    return slice(2 // width * width, (2 // width + 1) * width)
+
+
+@families_and_dtypes
 def test_nan_in_dout_stays_where_it_is(op, dtype, backend):
     this = case(op, (6, 40), dtype=dtype)
     inputs = this.inputs()
@@ -140,9 +154,8 @@ def test_nan_in_dout_stays_where_it_is(op, dtype, backend):
     dout[1, 2] = np.nan
     results = fused(this, inputs._replace(dout=dout), backend)
     bad = np.isnan(results["dx"].astype(np.float64))
-    np.testing.assert_array_equal(
-        bad, np.indices(bad.shape)[1] == 2 if op == "batchnorm" else np.indices(bad.shape)[0] == 1
-    )
+    here = {"batchnorm": (slice(None), 2), "groupnorm": (1, _group_of_channel_2(this)), "layernorm": 1}[op]
+    np.testing.assert_array_equal(bad, _true_at(here, bad.shape))
     for name in ("dgamma", "dbeta"):
         assert np.flatnonzero(np.isnan(results[name])).tolist() == [2]
 
@@ -197,9 +210,7 @@ def test_small_and_large_numbers(op, exponent, backend):
     this = case(op, (65, 33))
     inputs = this.inputs()
     inputs = inputs._replace(x=inputs.x * np.float32(2.0**exponent))
-    y, cache = this.op.forward(*inputs[:3], {"eps": 0.0}, axis=1, backend=backend)
-    dx, dgamma, dbeta = this.op.backward(inputs.dout, cache, backend=backend)
-    check_all(truth(this, *inputs, eps=0.0), {"y": y, "dx": dx, "dgamma": dgamma, "dbeta": dbeta})
+    check_all(truth(this, *inputs, eps=0.0), fused(this, inputs, backend, eps=0.0))
 
 
 @pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-30, 1e25, 1e30, 1e36])
@@ -217,8 +228,7 @@ def test_extreme_numbers_give_no_nan(op, value, backend, rng):
     assert (found.var >= 0).all()
 
 
-@dtypes
-@ops
+@families_and_dtypes
 def test_var_is_never_negative(op, dtype, backend, rng):
     stored = dtype_of(dtype)
     for base in (0.0, 1.0, 1000.0, 60000.0):

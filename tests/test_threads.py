@@ -23,6 +23,12 @@ SHAPES = {
         ((4099, 131), "C"), ((257, 2053), "C"), ((40009, 13), "C"), ((3, 200_003), "C"), ((1, 500_009), "C"),
         ((257, 2053), "F"), ((257, 2053), "gaps"),
     ],
+    "groupnorm": [
+        ((7, 33, 45, 47), "C"), ((7, 33, 45, 47), "channels-last"), ((1, 6, 401, 403), "C"),
+        ((1, 6, 401, 403), "channels-last"), ((257, 2052), "C"), ((7, 66, 30, 31), "gaps"),
+    ],
+    "instancenorm": [((7, 33, 45, 47), "C"), ((7, 33, 45, 47), "channels-last")],
+    "rmsnorm": [((4099, 131), "C"), ((3, 200_003), "C")],
 }  # fmt: skip
 
 
@@ -51,14 +57,18 @@ def test_equal_bits_for_any_number_of_threads(op, shape, arrangement, dtype, bac
     assert [_differences(results, found[0]) for results in found[1:]] == [{}, {}, {}]
 
 
-@pytest.mark.parametrize("shape", [(700, 1031), (5000, 64)], ids=str)
-def test_a_row_does_not_depend_on_the_number_of_rows(shape, backend):
-    this = case("layernorm", shape)
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("layernorm", (700, 1031)), ("layernorm", (5000, 64)), ("rmsnorm", (700, 1031)), ("groupnorm", (40, 24, 45, 47))],
+    ids=str,
+)
+def test_a_sample_does_not_depend_on_the_number_of_samples(op, shape, backend):
+    this = case(op, shape)
     inputs = this.inputs()
     whole = fused(this, inputs, backend)
     for rows in (1, 2, 7, shape[0] // 2):
         part = inputs._replace(x=inputs.x[:rows], dout=inputs.dout[:rows])
-        results = fused(case("layernorm", (rows, shape[1])), part, backend)
+        results = fused(case(op, (rows, *shape[1:])), part, backend)
         for name in ("y", "dx"):
             np.testing.assert_array_equal(results[name], whole[name][:rows])
 

@@ -22,6 +22,9 @@ from fastnorm.backends import Array
 Shape = tuple[int, ...]
 Direction = Literal["forward", "backward"]
 
+Gradients = tuple[Array, Array | None] | tuple[Array, Array | None, Array | None]
+"""(dx, dgamma) where there is no beta, else (dx, dgamma, dbeta)."""
+
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -62,6 +65,7 @@ ROW_LAYOUTS = (
     Layout("NLD", 3, -1),
     Layout("N(CHW)", 4, 1),  # each sample over all of its axes
 )
+GROUP_LAYOUTS = tuple(layout for layout in CHANNEL_LAYOUTS if layout.label != "ND fortran")  # which is packed
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,15 @@ class Op:
     """An operation of the library. Its functions follow from its name."""
 
     name: str
-    family: Literal["channel", "row"]
-    """channel: statistics over every axis but one; row: over the axes from one on."""
+    title: str
+    family: Literal["channel", "group", "row"]
+    """channel: statistics over every axis but one; group: the same in each sample, for groups of channels; row: over
+    the axes from one on."""
     layouts: tuple[Layout, ...]
+    centred: bool = True
+    """Whether it subtracts a mean and adds a beta."""
+    takes_groups: bool = False
+    """Whether it has an argument `groups`."""
 
     @property
     def forward(self) -> Callable[..., tuple[Array, Any]]:
@@ -79,8 +89,8 @@ class Op:
         return function
 
     @property
-    def backward(self) -> Callable[..., tuple[Array, Array | None, Array | None]]:
-        function: Callable[..., tuple[Array, Array | None, Array | None]] = getattr(fastnorm, f"{self.name}_backward")
+    def backward(self) -> Callable[..., Gradients]:
+        function: Callable[..., Gradients] = getattr(fastnorm, f"{self.name}_backward")
         return function
 
     @property
@@ -88,11 +98,11 @@ class Op:
         return getattr(fastnorm, f"{self.name}_forward_staged", None)
 
     @property
-    def backward_staged(self) -> Callable[..., tuple[Array, Array | None, Array | None]] | None:
+    def backward_staged(self) -> Callable[..., Gradients] | None:
         return getattr(fastnorm, f"{self.name}_backward_staged", None)
 
     @property
-    def backward_alt(self) -> Callable[..., tuple[Array, Array | None, Array | None]] | None:
+    def backward_alt(self) -> Callable[..., Gradients] | None:
         return getattr(fastnorm, f"{self.name}_backward_alt", None)
 
     def layout(self, label: str) -> Layout:
@@ -102,8 +112,11 @@ class Op:
 OPS = {
     op.name: op
     for op in (
-        Op("batchnorm", "channel", CHANNEL_LAYOUTS),
-        Op("layernorm", "row", ROW_LAYOUTS),
+        Op("batchnorm", "BatchNorm", "channel", CHANNEL_LAYOUTS),
+        Op("layernorm", "LayerNorm", "row", ROW_LAYOUTS),
+        Op("groupnorm", "GroupNorm", "group", GROUP_LAYOUTS, takes_groups=True),
+        Op("instancenorm", "InstanceNorm", "group", GROUP_LAYOUTS),
+        Op("rmsnorm", "RMSNorm", "row", ROW_LAYOUTS, centred=False),
     )
 }
 
@@ -140,25 +153,43 @@ class Case:
         return self.layout.axis
 
     @property
+    def groups(self) -> int:
+        """Into how many groups the channels fall, where the op has groups: up to 32, of two channels or more."""
+        channels = self.shape[self.axis]
+        if not self.op.takes_groups:
+            return channels
+        return next(count for count in range(min(32, max(1, channels // 2)), 0, -1) if channels % count == 0)
+
+    def arguments(self, x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, ...]:
+        """What the op's forward takes before its options."""
+        if not self.op.centred:
+            return x, gamma
+        return (x, gamma, beta, self.groups) if self.op.takes_groups else (x, gamma, beta)
+
+    @property
     def kept_axes(self) -> tuple[int, ...]:
-        """The axes that index the statistics."""
+        """The axes that index the statistics; of groups, those of the channels."""
         axis = self.axis % len(self.shape)
-        return (axis,) if self.op.family == "channel" else tuple(range(axis))
+        return {"channel": (axis,), "group": (0, axis), "row": tuple(range(axis))}[self.op.family]
 
     @property
     def reduced_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.kept_axes)
 
     @property
+    def parameter_axes(self) -> tuple[int, ...]:
+        """The axes that index gamma and beta."""
+        return self.reduced_axes if self.op.family == "row" else self.kept_axes[-1:]
+
+    @property
     def reduction(self) -> int:
         """The number of values behind each statistic."""
-        return math.prod(self.shape[axis] for axis in self.reduced_axes)
+        channels = self.shape[self.axis] // self.groups if self.op.family == "group" else 1
+        return channels * math.prod(self.shape[axis] for axis in self.reduced_axes)
 
     @property
     def parameter_shape(self) -> Shape:
-        return tuple(
-            self.shape[axis] for axis in (self.kept_axes if self.op.family == "channel" else self.reduced_axes)
-        )
+        return tuple(self.shape[axis] for axis in self.parameter_axes)
 
     @property
     def size(self) -> int:
@@ -174,7 +205,8 @@ class Case:
     def inputs(self, seed: int = 0, *, offset: float = 2.0) -> Inputs:
         """Inputs that depend on the case's shape and the seed alone.
 
-        x is normal with a mean and a spread of its own for each channel or row (means normal with deviation
+        x is normal with a mean and a spread of its own for each channel or row, of each sample where those have
+        statistics of their own (means normal with deviation
         `offset`, spreads from 0.5 to 2): never zeros, and a wrong mean shows. dout is standard normal,
         gamma and beta lie around 1 and 0. Parameters are float32, float64 for float64 x.
         """
@@ -240,7 +272,7 @@ def report_cases(size: int = 256, ops: Sequence[str] = tuple(OPS), dtype: str = 
     """The cases of `python -m fastnorm bench`: x of about `size` megabytes as (N, D), 3/8 of it elsewhere.
 
     At 256 MB: a (65536, 1024) batch; a ResNet-50 activation of 56x56 with 256 channels at batch 32, as
-    NCHW and as NHWC; 32768 tokens of a transformer 768 wide.
+    NCHW and as NHWC; 32768 tokens of a transformer 768 wide. Images in groups are half of that.
     """
     budget = size * MEGABYTE // dtype_of(dtype).itemsize
 
@@ -248,8 +280,10 @@ def report_cases(size: int = 256, ops: Sequence[str] = tuple(OPS), dtype: str = 
         return max(1, math.ceil(share * budget / (per_sample * multiple))) * multiple
 
     images = (samples(3 / 8, 256 * 56 * 56), 256, 56, 56)
+    in_groups = (samples(3 / 16, 256 * 56 * 56), 256, 56, 56)
     shapes: dict[str, tuple[tuple[str, Shape], ...]] = {
         "channel": (("ND", (samples(1, 1024, 64), 1024)), ("NCHW", images), ("NHWC", images)),
+        "group": (("NCHW", in_groups),),
         "row": (("ND", (samples(3 / 8, 768, 64), 768)),),
     }
     return [
@@ -279,6 +313,10 @@ _SUITE: tuple[tuple[str, str, Shape, bool], ...] = (
     ("channel", "NHWC", (8, 64, 112, 112), False),
     ("channel", "NHWC", (16, 256, 56, 56), True),
     ("channel", "NHWC", (50, 1024, 14, 14), False),
+    ("group", "NCHW", (2, 8, 4, 4), True),
+    ("group", "NCHW", (16, 256, 56, 56), True),
+    ("group", "NCHW", (16, 512, 28, 28), False),
+    ("group", "NHWC", (16, 256, 56, 56), False),
     ("row", "ND", (4, 8), True),
     ("row", "ND", (65536, 128), False),
     ("row", "ND", (4096, 768), True),
@@ -301,7 +339,7 @@ def suite_cases(*, full: bool = False, dtypes: Sequence[str] = ("float32",)) -> 
 
 # ---- the cases of `python -m fastnorm bench --targets` ---------------------------------------------
 
-Group = Literal["large", "cache", "small", "dtypes", "threads", "networks"]
+Group = Literal["large", "cache", "small", "dtypes", "threads", "networks", "family", "family cached"]
 
 
 @dataclass(frozen=True)
@@ -348,7 +386,27 @@ _CACHED: dict[tuple[str, str], tuple[Shape, ...]] = {
     ("layernorm", "ND"): _CACHED_BATCHES,
 }
 
-_SMALL: tuple[Shape, ...] = ((4, 8), (100, 50), (64, 256), (32, 1024))
+_SMALL: dict[str, tuple[str, tuple[Shape, ...]]] = {
+    "channel": ("ND", ((4, 8), (100, 50), (64, 256), (32, 1024))),
+    "group": ("NCHW", ((4, 8, 2, 2), (2, 32, 4, 4), (4, 64, 8, 8))),
+    "row": ("ND", ((4, 8), (100, 50), (64, 256), (32, 1024))),
+}
+
+# The rest of the family: images of ResNet-50, of a diffusion model's U-Net and of style transfer, rows of transformers.
+_FAMILY: dict[tuple[str, str], tuple[Shape, ...]] = {
+    ("groupnorm", "NCHW"): ((16, 256, 56, 56), (8, 320, 64, 64), (64, 1024, 14, 14)),
+    ("groupnorm", "NHWC"): ((16, 256, 56, 56), (8, 320, 64, 64), (64, 1024, 14, 14)),
+    ("instancenorm", "NCHW"): ((16, 64, 112, 112), (8, 32, 256, 256), (64, 1024, 14, 14)),
+    ("instancenorm", "NHWC"): ((16, 64, 112, 112), (8, 32, 256, 256)),
+    ("rmsnorm", "ND"): ((16384, 1024), (131072, 128), (4096, 4096)),
+}
+_FAMILY_CACHED: dict[tuple[str, str], tuple[Shape, ...]] = {
+    ("groupnorm", "NCHW"): ((2, 256, 14, 14), (2, 320, 32, 32)),
+    ("groupnorm", "NHWC"): ((2, 256, 14, 14), (2, 320, 32, 32)),
+    ("instancenorm", "NCHW"): ((2, 256, 14, 14), (4, 64, 56, 56)),
+    ("instancenorm", "NHWC"): ((2, 256, 14, 14), (4, 64, 56, 56)),
+    ("rmsnorm", "ND"): ((256, 1024), (1024, 1024)),
+}
 
 # 20 million elements: beyond the cache in every dtype.
 _EACH_DTYPE: dict[tuple[str, str], Shape] = {
@@ -375,14 +433,21 @@ def target_entries() -> list[Entry]:
     def case(op: str, layout: str, shape: Shape, dtype: str = "float32") -> Case:
         return Case(OPS[op], OPS[op].layout(layout), shape, dtype)
 
-    tables: tuple[tuple[Group, dict[tuple[str, str], tuple[Shape, ...]]], ...] = (("large", _LARGE), ("cache", _CACHED))
+    tables: tuple[tuple[Group, dict[tuple[str, str], tuple[Shape, ...]]], ...] = (
+        ("large", _LARGE), ("cache", _CACHED), ("family", _FAMILY), ("family cached", _FAMILY_CACHED),
+    )  # fmt: skip
     entries = [
-        Entry(group, case(op, layout, shape), contest=shape == shapes[0])
+        Entry(group, case(op, layout, shape), contest=group in ("large", "cache") and shape == shapes[0])
         for group, table in tables
         for (op, layout), shapes in table.items()
         for shape in shapes
     ]
-    entries += [Entry("small", case(op, "ND", shape)) for op in OPS for shape in _SMALL]
+    entries += [
+        Entry("small", case(op.name, layout, shape))
+        for op in OPS.values()
+        for layout, shapes in (_SMALL[op.family],)
+        for shape in shapes
+    ]
     entries += [
         Entry("dtypes", case(op, layout, shape, dtype))
         for (op, layout), shape in _EACH_DTYPE.items()

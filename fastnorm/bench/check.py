@@ -25,10 +25,10 @@ _BLOCK = 1 << 16
 
 
 def reference(case: Case, inputs: Inputs, direction: Direction) -> tuple[Array, ...]:
-    """(out,) or (dx, dgamma, dbeta) in float64, the first in x's layout."""
+    """(out,) or the gradients in float64, the first in x's layout."""
     x, gamma, beta, dout = inputs
     result = case.empty(np.dtype(np.float64))
-    dgamma, dbeta = np.zeros(case.parameter_shape), np.zeros(case.parameter_shape)
+    sums = [np.zeros(case.parameter_shape) for _ in range(2 if case.op.centred else 1)]
     axis = case.kept_axes[0] if case.kept_axes else 0
     length = case.shape[axis]
     step = max(1, _SLAB * length // case.size) if case.kept_axes else length
@@ -36,19 +36,17 @@ def reference(case: Case, inputs: Inputs, direction: Direction) -> tuple[Array, 
         part = slice(start, start + step)
         slab = (slice(None),) * axis + (part,)
         own = part if case.op.family == "channel" else slice(None)  # the parameters of the slab
-        out, cache = case.op.forward(
-            _widened(x[slab], axis), gamma[own].astype(np.float64), beta[own].astype(np.float64), {},
-            axis=case.axis, backend="numpy",
-        )  # fmt: skip
+        parameters = gamma[own].astype(np.float64), beta[own].astype(np.float64)
+        arguments = case.arguments(_widened(x[slab], axis), *parameters)
+        out, cache = case.op.forward(*arguments, {}, axis=case.axis, backend="numpy")
         if direction == "forward":
             result[slab] = out
             continue
-        result[slab], slab_dgamma, slab_dbeta = case.op.backward(_widened(dout[slab], axis), cache, backend="numpy")
-        assert slab_dgamma is not None
-        assert slab_dbeta is not None
-        dgamma[own] += slab_dgamma
-        dbeta[own] += slab_dbeta
-    return (result,) if direction == "forward" else (result, dgamma, dbeta)
+        result[slab], *gradients = case.op.backward(_widened(dout[slab], axis), cache, backend="numpy")
+        for total, gradient in zip(sums, gradients, strict=True):
+            assert gradient is not None
+            total[own] += gradient
+    return (result,) if direction == "forward" else (result, *sums)
 
 
 def _widened(slab: Array, axis: int) -> Array:

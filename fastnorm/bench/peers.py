@@ -1,10 +1,11 @@
 """PyTorch, its compiler, oneDNN and JAX on the same cases, where they are installed.
 
 What is compared is the kernel: PyTorch's backward is the operator that autograd calls, without the graph's
-bookkeeping; JAX's is the compiled pull-back over residuals that the forward kept, not a recomputed forward.
-'torch autograd' is what a caller pays, graph included: the peer of our small calls. Arrays are made outside of
-what is timed, in the layout that the peer likes best: channels-last as PyTorch's memory_format, as oneDNN's own
-tensors, and for JAX, which has no strides, in the shape that memory has. Results are the peer's own new arrays.
+bookkeeping, where there is one (InstanceNorm and RMSNorm are compositions: theirs goes through the graph); JAX's is
+the compiled pull-back over residuals that the forward kept, not a recomputed forward. 'torch autograd' is what a
+caller pays, graph included: the peer of our small calls. Arrays are made outside of what is timed, in the layout that
+the peer likes best: channels-last as PyTorch's memory_format, as oneDNN's own tensors, and for JAX, which has no
+strides, in the shape that memory has. Results are the peer's own new arrays.
 PyTorch runs on as many threads as fastnorm. JAX has no setting for that: it takes all CPUs.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,7 +65,7 @@ def _tensors(torch: Any, case: Case, inputs: Inputs) -> _Tensors:
         return torch.from_numpy(array)
 
     x, gamma, beta, dout = map(tensor, inputs)
-    if case.op.family == "channel":
+    if case.op.family != "row":
         x, dout = x.movedim(case.axis, 1), dout.movedim(case.axis, 1)
     return _Tensors(x, gamma, beta, dout)
 
@@ -81,7 +83,7 @@ def _arrays(torch: Any, case: Case, inputs: Inputs) -> Callable[[Any], tuple[Arr
 
     def arrays(result: Any) -> tuple[Array | None, ...]:
         first, *rest = map(array, result if isinstance(result, tuple) else (result,))
-        if case.op.family == "channel":
+        if case.op.family != "row":
             first = np.moveaxis(first, 1, case.axis)
         return (first, *rest)
 
@@ -90,11 +92,14 @@ def _arrays(torch: Any, case: Case, inputs: Inputs) -> Callable[[Any], tuple[Arr
 
 def _bind_torch(case: Case, inputs: Inputs, direction: Direction) -> Bound:
     torch = _torch()
-    forward, backward = _TORCH[case.op.name](torch, *_tensors(torch, case, inputs))
+    operator = _OPERATORS.get(case.op.name)
+    if operator is None:
+        return _through_graph(torch, case, inputs, direction, _functional(torch, case), graph_forward=False)
+    forward, backward = operator(torch, case, *_tensors(torch, case, inputs))
     return forward if direction == "forward" else backward(), _arrays(torch, case, inputs)
 
 
-def _torch_batchnorm(torch: Any, x: Any, gamma: Any, beta: Any, dout: Any) -> tuple[Any, Any]:
+def _torch_batchnorm(torch: Any, _: Case, x: Any, gamma: Any, beta: Any, dout: Any) -> tuple[Any, Any]:
     mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
 
     def forward() -> Any:
@@ -110,7 +115,7 @@ def _torch_batchnorm(torch: Any, x: Any, gamma: Any, beta: Any, dout: Any) -> tu
     return forward, backward
 
 
-def _torch_layernorm(torch: Any, x: Any, gamma: Any, beta: Any, dout: Any) -> tuple[Any, Any]:
+def _torch_layernorm(torch: Any, _: Case, x: Any, gamma: Any, beta: Any, dout: Any) -> tuple[Any, Any]:
     shape = list(gamma.shape)
 
     def forward() -> Any:
@@ -126,15 +131,30 @@ def _torch_layernorm(torch: Any, x: Any, gamma: Any, beta: Any, dout: Any) -> tu
     return forward, backward
 
 
-# op -> (torch, x, gamma, beta, dout) -> (the forward, what makes the backward)
-_TORCH = {"batchnorm": _torch_batchnorm, "layernorm": _torch_layernorm}
+def _torch_groupnorm(torch: Any, case: Case, x: Any, gamma: Any, beta: Any, dout: Any) -> tuple[Any, Any]:
+    samples, channels, *positions = x.shape
+    sizes = samples, channels, math.prod(positions), case.groups
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return torch.nn.functional.group_norm(x, case.groups, gamma, beta, EPS)
+
+    def backward() -> Any:
+        _, mean, rstd = torch.ops.aten.native_group_norm(x, gamma, beta, *sizes, EPS)
+        return lambda: torch.ops.aten.native_group_norm_backward(dout, x, mean, rstd, gamma, *sizes, [True, True, True])
+
+    return forward, backward
+
+
+# op -> (torch, case, x, gamma, beta, dout) -> (the forward, what makes the backward)
+_OPERATORS = {"batchnorm": _torch_batchnorm, "layernorm": _torch_layernorm, "groupnorm": _torch_groupnorm}
 
 
 def _bind_onednn(case: Case, inputs: Inputs, direction: Direction) -> Bound:
     """The same operators on oneDNN's own tensors."""
     torch = _torch()
     x, gamma, beta, dout = _tensors(torch, case, inputs)
-    forward, backward = _torch_batchnorm(torch, x.to_mkldnn(), gamma, beta, dout.to_mkldnn())
+    forward, backward = _torch_batchnorm(torch, case, x.to_mkldnn(), gamma, beta, dout.to_mkldnn())
     return forward if direction == "forward" else backward(), _arrays(torch, case, inputs)
 
 
@@ -156,11 +176,15 @@ def _bind_compiled(case: Case, inputs: Inputs, direction: Direction) -> Bound:
 
 def _functional(torch: Any, case: Case) -> Callable[..., Any]:
     """(x, gamma, beta, running mean, running variance) -> the output."""
-    functional = torch.nn.functional
-    if case.op.name == "batchnorm":
-        return lambda x, gamma, beta, mean, var: functional.batch_norm(x, mean, var, gamma, beta, True, 0.1, EPS)
-    shape = list(case.parameter_shape)
-    return lambda x, gamma, beta, mean, var: functional.layer_norm(x, shape, gamma, beta, EPS)
+    functional, shape = torch.nn.functional, list(case.parameter_shape)
+    calls: dict[str, Callable[..., Any]] = {
+        "batchnorm": lambda x, gamma, beta, mean, var: functional.batch_norm(x, mean, var, gamma, beta, True, 0.1, EPS),
+        "layernorm": lambda x, gamma, beta, *_: functional.layer_norm(x, shape, gamma, beta, EPS),
+        "groupnorm": lambda x, gamma, beta, *_: functional.group_norm(x, case.groups, gamma, beta, EPS),
+        "instancenorm": lambda x, gamma, beta, *_: functional.instance_norm(x, weight=gamma, bias=beta, eps=EPS),
+        "rmsnorm": lambda x, gamma, *_: functional.rms_norm(x, shape, gamma, EPS),
+    }
+    return calls[case.op.name]
 
 
 def _through_graph(
@@ -177,10 +201,10 @@ def _through_graph(
                 return function(x, gamma, beta, *running)
 
         return forward, arrays
-    leaves = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
+    leaves = [tensor.requires_grad_() for tensor in ((x, gamma, beta) if case.op.centred else (x, gamma))]
     if direction == "forward":
-        return lambda: function(*leaves, *running), arrays
-    out = function(*leaves, *running)
+        return lambda: function(x, gamma, beta, *running), arrays
+    out = function(x, gamma, beta, *running)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), arrays
 
 
@@ -191,28 +215,32 @@ def _bind_jax(case: Case, inputs: Inputs, direction: Direction) -> Bound:
     jax: Any = importlib.import_module("jax")
     jnp: Any = importlib.import_module("jax.numpy")
     order = case.layout.memory or tuple(range(len(case.shape)))
+    memory = [case.shape[axis] for axis in order]
     reduced = tuple(place for place, axis in enumerate(order) if axis in case.reduced_axes)
-    own = case.kept_axes if case.op.family == "channel" else case.reduced_axes
-    affine = tuple(n if axis in own else 1 for axis, n in enumerate(case.shape))
+    if case.op.family == "group":
+        place = order.index(case.axis % len(order))
+        memory[place : place + 1] = [case.groups, memory[place] // case.groups]
+        reduced = tuple(each for each in range(1, len(memory)) if each != place)
+    affine = tuple(n if axis in case.parameter_axes else 1 for axis, n in enumerate(case.shape))
 
-    def normalized(x: Any, gamma: Any, beta: Any) -> Any:
-        wide = x.astype(jnp.float32)
-        mean = wide.mean(reduced, keepdims=True)
-        var = jnp.square(wide - mean).mean(reduced, keepdims=True)
-        xhat = (wide - mean) * jax.lax.rsqrt(var + EPS)
-        gamma, beta = (each.reshape(affine).transpose(order) for each in (gamma, beta))
-        return (gamma * xhat + beta).astype(x.dtype)
+    def normalized(x: Any, *parameters: Any) -> Any:
+        wide = x.astype(jnp.float32).reshape(memory)
+        if case.op.centred:
+            wide = wide - wide.mean(reduced, keepdims=True)
+        xhat = (wide * jax.lax.rsqrt(jnp.square(wide).mean(reduced, keepdims=True) + EPS)).reshape(x.shape)
+        gamma, *beta = (each.reshape(affine).transpose(order) for each in parameters)
+        return sum(beta, gamma * xhat).astype(x.dtype)
 
     def array(result: Any) -> Array:
         back: Array = np.asarray(result).transpose(np.argsort(order))
         return back
 
     x, dout = (jnp.asarray(each.transpose(order)) for each in (inputs.x, inputs.dout))
-    gamma, beta = jnp.asarray(inputs.gamma), jnp.asarray(inputs.beta)
+    arguments = [x, *map(jnp.asarray, (inputs.gamma, inputs.beta) if case.op.centred else (inputs.gamma,))]
     if direction == "forward":
-        compiled = jax.jit(normalized).lower(x, gamma, beta).compile()
-        return lambda: jax.block_until_ready(compiled(x, gamma, beta)), lambda result: (array(result),)
-    _, residuals = jax.jit(lambda *arguments: jax.vjp(normalized, *arguments))(x, gamma, beta)
+        compiled = jax.jit(normalized).lower(*arguments).compile()
+        return lambda: jax.block_until_ready(compiled(*arguments)), lambda result: (array(result),)
+    _, residuals = jax.jit(lambda *arguments: jax.vjp(normalized, *arguments))(*arguments)
     pull_back = jax.jit(lambda back, grad: back(grad)).lower(residuals, dout).compile()
     return (
         lambda: jax.block_until_ready(pull_back(residuals, dout)),
@@ -221,11 +249,12 @@ def _bind_jax(case: Case, inputs: Inputs, direction: Direction) -> Bound:
 
 
 def _jax_computes(case: Case) -> bool:
-    return case.op.name in ("batchnorm", "layernorm") and case.dtype != "float64"  # a switch of the whole process
+    return case.dtype != "float64"  # a switch of the whole process
 
 
 def _torch_computes(case: Case) -> bool:
-    return case.op.name in _TORCH
+    """InstanceNorm of one value a channel is refused."""
+    return case.op.name != "instancenorm" or case.reduction > 1
 
 
 def _onednn_computes(case: Case) -> bool:

@@ -8,7 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from fastnorm.bench import machine
-from fastnorm.bench.cases import DIRECTIONS
+from fastnorm.bench.cases import DIRECTIONS, OPS
 from fastnorm.bench.run import Report, Row, Section
 from fastnorm.bench.table import milliseconds
 
@@ -121,7 +121,6 @@ def _panel(axes: Any, sections: list[Section], heights: list[float]) -> None:
     axes.axvline(0.0, color=_MUTED, linewidth=0.8, zorder=3)
 
 
-_OPS = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
 _LAYOUTS = {"ND": "(N, D)"}
 
 
@@ -131,14 +130,13 @@ def _label_groups(axes: Any, groups: list[tuple[Section, Section]]) -> None:
     for pair in groups:
         section, height = pair[0], _height(pair)
         middle = top + (height - _GAP) / 2
-        op = _OPS.get(section.op, section.op)
         lines = [
             f"{_LAYOUTS.get(section.layout, section.layout)}  {section.nbytes / 2**20:.0f} MB",
             "×".join(map(str, section.shape)),  # noqa: RUF001
             *([section.dtype] if several else []),
         ]
         for text, shift, style in (
-            (op, 6, {"fontweight": "bold", "color": _INK, "va": "bottom"}),
+            (OPS[section.op].title, 6, {"fontweight": "bold", "color": _INK, "va": "bottom"}),
             ("\n".join(lines), 4, {"color": _MUTED, "va": "top", "fontsize": 8, "linespacing": 1.35}),
         ):
             axes.annotate(

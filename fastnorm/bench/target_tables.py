@@ -37,6 +37,7 @@ def tables(report: Report) -> list[Table]:
     found = [
         *(_against_floor(sections, "large", direction) for direction in DIRECTIONS),
         *(_against_floor(sections, "cache", direction) for direction in DIRECTIONS),
+        *(_against_floor(sections, group, direction) for group in targets.FAMILY for direction in DIRECTIONS),
         *(_contest(sections, group, direction) for group in ("large", "cache") for direction in DIRECTIONS),
         _small(sections),
         _dtypes(sections),
@@ -83,12 +84,10 @@ def _notes(report: Report) -> Iterator[str]:
 
 # ---- one table each -------------------------------------------------------------------------------
 
-_NAMES = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
-
 
 def case_label(section: Section) -> str:
     layout = "" if section.layout == "ND" else f" {section.layout}"
-    return f"{_NAMES.get(section.op, section.op)}{layout} {'x'.join(map(str, section.shape))}"
+    return f"{OPS[section.op].title}{layout} {'x'.join(map(str, section.shape))}"
 
 
 def _size(section: Section) -> str:
@@ -118,7 +117,7 @@ def _of(sections: Sequence[Section], group: str, direction: str | None = None) -
 
 
 def _against_floor(sections: Sequence[Section], group: str, direction: str) -> Table:
-    cached = group == "cache"
+    cached = group in targets.IN_BURSTS
     columns = ["case", "size", "floor", *(["how"] if cached else ["GB/s", "r+w"])]
     columns += ["C++", "of floor", *([] if cached else ["of plan"]), "Numba", "of floor"]
     columns += [*([] if cached else ["of plan"]), "PyTorch", "of floor", "x PyTorch"]
@@ -134,7 +133,8 @@ def _against_floor(sections: Sequence[Section], group: str, direction: str) -> T
             cells += [_time(row, micro=cached), *_shares(row)[: 2 if planned and not cached else 1]]
         rows.append([*cells, _ratio(_over(torch, ours))])
     unit, where = ("us", "in the cache") if cached else ("ms", "beyond the cache")
-    return Table(f"{direction.capitalize()} {where}, {unit}", columns, rows)
+    family = "The rest of the family, " if group in targets.FAMILY else ""
+    return Table(f"{family}{direction if family else direction.capitalize()} {where}, {unit}", columns, rows)
 
 
 def _contest(sections: Sequence[Section], group: str, direction: str) -> Table:
@@ -218,7 +218,7 @@ def _networks(sections: Sequence[Section]) -> Table:
 
 def _speedups(sections: Sequence[Section]) -> Table:
     names = ("torch", "torch compile", "onednn", "jax", "alt")
-    own = [each for each in sections if each.group in targets.AGAINST_PEERS]
+    own = [each for each in sections if each.group in (*targets.AGAINST_PEERS, *targets.FAMILY)]
     rows = []
     for op in OPS:
         for direction in DIRECTIONS:
@@ -229,7 +229,7 @@ def _speedups(sections: Sequence[Section]) -> Table:
             if any(found):
                 cells = [f"{geometric_mean(each.values()):.2f} ({min(each.values()):.2f})" if each else "-"
                          for each in found]  # fmt: skip
-                rows.append([f"{_NAMES[op]} {direction}", *cells])
+                rows.append([f"{OPS[op].title} {direction}", *cells])
     return Table(
         "Times of peers over C++, both into new arrays: geometric mean (worst)", ["op", *map(_label, names)], rows
     )

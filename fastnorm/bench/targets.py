@@ -7,6 +7,7 @@ small      the whole public call on a few rows
 dtypes     one shape in every dtype, beyond the cache
 threads    the C++ and Numba backends with 1, 2, 4 ... threads, in the cache
 networks   every normalization of a network; each layer's arrays come from memory
+family     GroupNorm, InstanceNorm and RMSNorm, beyond the cache as `large` and in it as `cache`
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastnorm.bench.progress import Progress
 from fastnorm.bench.run import Report, Row, Section, checked, fill
 from fastnorm.bench.variants import Variant, variants
 
-IN_BURSTS = ("cache", "small", "threads")
+IN_BURSTS = ("cache", "small", "threads", "family cached")
 AGAINST_PEERS = ("large", "cache", "dtypes")
 """Groups whose cases count as won or lost; small calls and networks have targets of their own."""
 ATTEMPTS, REPEATS = 3, 40
@@ -236,6 +237,7 @@ OVER_PYTORCH = {"batchnorm": 5.0, "layernorm": 1.5}
 HALVES_OVER_FLOAT32, FLOAT64_OF_PLAN = 1.6, 0.85
 TWO_THREADS = 1.8
 NUMBA_OVER_CPP = 0.75
+FAMILY = ("family", "family cached")
 
 
 def _by_medians(sections: Sequence[Section]) -> dict[str, float]:
@@ -343,6 +345,21 @@ def _numba(sections: Sequence[Section]) -> Iterator[Verdict]:
     yield from _means("beyond the cache: Numba's speed over C++'s", figures, mean=NUMBA_OVER_CPP, worst=NUMBA_OVER_CPP)
 
 
+def _family(sections: Sequence[Section]) -> Iterator[Verdict]:
+    large, cached = (_of(sections, group) for group in FAMILY)
+    yield from _means(
+        "the rest of the family, beyond the cache: share of the plan's floor", _shares(large, of_plan=True),
+        mean=LEAST_LARGE, worst=WORST_LARGE,
+    )  # fmt: skip
+    yield from _means(
+        "the rest of the family, in the cache: share of the fastest copy or addition", _shares(cached),
+        mean=IN_CACHE, worst=IN_CACHE,
+    )  # fmt: skip
+    for op in dict.fromkeys(section.op for section in large + cached):
+        own = [section for section in large + cached if section.op == op]
+        yield from _means(f"PyTorch over C++, time, {op}", speedups(own, "torch"), worst=1.0)
+
+
 def network_times(sections: Sequence[Section], variant: str) -> dict[str, float]:
     """Network -> seconds of all of its normalizations, forward and backward, into new arrays; only whole networks."""
     times: dict[str, float] = {}
@@ -361,4 +378,4 @@ def _networks(sections: Sequence[Section]) -> Iterator[Verdict]:
             yield Verdict(f"{name}, all normalizations: PyTorch over C++, time", theirs[name] / ours[name], 1.0)
 
 
-_JUDGES = (_large, _cache, _small, _peers, _dtypes, _threads, _numba, _networks)
+_JUDGES = (_large, _cache, _small, _peers, _dtypes, _threads, _numba, _networks, _family)

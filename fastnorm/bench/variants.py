@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     run: Callable[[], Any]
     arrays: Callable[[Any], tuple[Array | None, ...]]
-    """What `run` returned, as NumPy arrays: (out,) of a forward, (dx, dgamma, dbeta) of a backward."""
+    """What `run` returned, as NumPy arrays: (out,) of a forward, the gradients of a backward."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Variant:
 
 
 def _own(variant: Variant, case: Case, inputs: Inputs, direction: Direction, out: Array | None) -> Call:
-    op, (x, gamma, beta, dout) = case.op, inputs
+    op, arguments = case.op, case.arguments(*inputs[:3])
     backward: Callable[..., Any]
     if variant.name == "staged":
         assert op.forward_staged is not None
@@ -100,9 +100,9 @@ def _own(variant: Variant, case: Case, inputs: Inputs, direction: Direction, out
         backward = partial(op.backward, out=out, backend=variant.backend)
     parameters: dict[str, Any] = {}  # kept from call to call, as a layer's are
     if direction == "forward":  # the cache is part of the result: a caller who trains keeps it
-        return Call(lambda: forward(x, gamma, beta, parameters), lambda result: result[:1])
-    cache = forward(x, gamma, beta, parameters)[1]
-    return Call(lambda: backward(dout, cache), tuple)
+        return Call(lambda: forward(*arguments, parameters), lambda result: result[:1])
+    cache = forward(*arguments, parameters)[1]
+    return Call(lambda: backward(inputs.dout, cache), tuple)
 
 
 def variants(backends: Sequence[str] | None = None, *, with_peers: Sequence[str] = ()) -> list[Variant]:
