@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm.bench import check, roof
+from fastnorm.bench import check, dropout, roof
 from fastnorm.bench.cases import DIRECTIONS, Case, suite_cases
 from fastnorm.bench.peers import EVERYDAY, PEERS
 from fastnorm.bench.variants import Variant, variants
@@ -39,8 +40,25 @@ def _parameters(config: pytest.Config) -> Iterator[Any]:
                         yield pytest.param(case, direction, variant, label, reuse, id=f"{case}, {direction}: {label}")
 
 
+def _dropout_parameters(config: pytest.Config) -> Iterator[Any]:
+    chosen = variants(with_peers=() if config.getoption("--no-peers") else EVERYDAY)
+    shapes = ((4, 8), (256, 1024), (16384, 1024))
+    for dtype in dict.fromkeys(config.getoption("--dtype") or ["float32"]):
+        for shape in (*shapes, (65536, 1024)) if config.getoption("--full") else shapes:
+            for direction in DIRECTIONS:
+                for variant in chosen:
+                    if dropout.computes(variant, dtype):
+                        for label, reuse in variant.labels.items():
+                            name = f"dropout {'x'.join(map(str, shape))} {dtype}, {direction}"
+                            yield pytest.param(shape, dtype, direction, variant, label, reuse, id=f"{name}: {label}")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize(("case", "direction", "variant", "label", "reuse"), list(_parameters(metafunc.config)))
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize(("case", "direction", "variant", "label", "reuse"), list(_parameters(metafunc.config)))
+    else:
+        names = ("shape", "dtype", "direction", "variant", "label", "reuse")
+        metafunc.parametrize(names, list(_dropout_parameters(metafunc.config)))
 
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.25, disable_gc=True)
@@ -84,3 +102,27 @@ def test_op(
         best = benchmark.stats.stats.min
         benchmark.extra_info["gigabytes_per_second"] = moved / best / 1e9
         benchmark.extra_info["share_of_floor"] = floor(case, direction) / best
+
+
+@pytest.mark.benchmark(min_rounds=3, max_time=0.25, disable_gc=True)
+def test_dropout(
+    benchmark: Any, shape: tuple[int, int], dtype: str, direction: Any, variant: Variant, label: str, reuse: bool
+) -> None:
+    x = dropout.values(shape, dtype)
+    call = dropout.bind(variant, x, direction, np.zeros_like(x) if reuse else None)
+    assert dropout.error(variant, x, call()) == 0
+
+    benchmark.group = f"dropout {shape} {dtype}, {direction}"
+    benchmark.name = label
+    benchmark.extra_info |= {
+        "op": "dropout",
+        "shape": list(shape),
+        "dtype": dtype,
+        "direction": direction,
+        "variant": variant.name,
+        "backend": variant.backend,
+        "out": "reused" if reuse else "fresh",
+        "threads": fastnorm.get_num_threads(),
+        "bytes_moved": 2 * x.nbytes,
+    }
+    benchmark(call)

@@ -14,7 +14,7 @@ import pytest
 
 import fastnorm
 from fastnorm import __main__
-from fastnorm.bench import check, cli, machine, measure, plot, roof, target_tables, targets
+from fastnorm.bench import check, cli, dropout, machine, measure, plot, roof, target_tables, targets
 from fastnorm.bench.cases import DIRECTIONS, DTYPES, OPS, Case, Entry, target_entries
 from fastnorm.bench.peers import PEERS
 from fastnorm.bench.run import Report, Row, Section, fill
@@ -329,6 +329,64 @@ def test_the_commands_errors(entries, arguments, message, capsys):
         __main__.main(["bench", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_dropout_is_checked_and_timed_beside_the_rest(tmp_path, capsys):
+    command = [
+        "bench",
+        "--op",
+        "dropout,layernorm",
+        "--size",
+        "1",
+        "--quick",
+        "--no-plot",
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    assert __main__.main(command) == 0
+    report = Report.from_dict(json.loads((tmp_path / "x.json").read_text()))
+    assert {each.op for each in report.sections} == {"layernorm"}
+    assert [(each.op, each.direction) for each in report.dropout] == [("dropout", "forward"), ("dropout", "backward")]
+    for each in report.dropout:
+        assert each.bytes_moved == 2 * each.nbytes
+        assert {row.backend for row in each.rows} == {info.name for info in fastnorm.backends() if info.available}
+        assert all(row.error == 0 and row.share_of_floor > 0 for row in each.rows)
+    assert "dropout ND 96x1024 float32 (0 MB), backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["one element", "its shape", "its dtype"])
+def test_a_wrong_dropout_is_an_exit_status(broken, tmp_path, monkeypatch):
+    right = dropout.fastnorm.dropout_backward
+
+    def wrong(dout, cache, *, out=None, backend=None):
+        dx = right(dout, cache, out=out, backend=backend)
+        dx[3, 5] += broken == "one element"
+        return {"its shape": dx.T, "its dtype": dx.astype(np.float64)}.get(broken, dx)
+
+    monkeypatch.setattr(dropout.fastnorm, "dropout_backward", wrong)
+    command = [
+        "bench",
+        "--op",
+        "dropout",
+        "--backend",
+        "numpy",
+        "--size",
+        "1",
+        "--quick",
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    assert __main__.main(command) == 1
+
+
+def test_a_peers_dropout_has_a_mask_of_its_own():
+    torch = Variant("torch")
+    x = dropout.values((64, 1024), "float32")
+    kept = np.random.default_rng(1).random(x.shape) < dropout.P
+    assert dropout.error(torch, x, np.where(kept, 2 * x, np.float32(0))) == 0
+    assert dropout.error(torch, x, np.where(kept, 3 * x, np.float32(0))) > 0.1
+    assert dropout.error(torch, x, 2 * x) == np.inf
+    assert dropout.error(torch, x, np.where(kept, 2 * x, np.float32(0))[:, 1:]) == np.inf
 
 
 # ---- the verdicts ---------------------------------------------------------------------------------

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fastnorm
-from fastnorm.bench import measure, plot, run, table, target_tables, targets
+from fastnorm.bench import dropout, measure, plot, run, table, target_tables, targets
 from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases, target_entries
 from fastnorm.bench.peers import EVERYDAY
 from fastnorm.bench.variants import variants
 
+NAMES = (*OPS, dropout.NAME)
 SIZE, QUICK_SIZE = 256, 32
 LIMIT, QUICK_LIMIT = 70.0, 15.0
 """Seconds that it should take; on a slow machine as long as checks and three rounds take."""
+DROPOUT, QUICK_DROPOUT = 2.0, 0.5
+"""Seconds of timed rounds for each direction of dropout, which comes after the rest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--size", type=_positive, metavar="MB", help=f"size of the (N, D) array; the others have 3/8 (default {SIZE})")
-    add("--op", type=_names(tuple(OPS)), action="extend", metavar="NAME", help=f"of {_listed(OPS)} (default all)")
+    add("--op", type=_names(NAMES), action="extend", metavar="NAME", help=f"of {_listed(NAMES)} (default all)")
     add("--dtype", type=_names(DTYPES), action="extend", metavar="NAME", help=f"of {_listed(DTYPES)} (default float32)")
     known = [info.name for info in fastnorm.backends()]
     add("--backend", type=_names(tuple(known)), action="extend", metavar="NAME",
@@ -84,13 +87,15 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     backends = options.backend and list(dict.fromkeys(options.backend))
     if options.targets:
         return _targets(parser, options, backends)
-    size = _fitting(options.size or (QUICK_SIZE if options.quick else SIZE), options.op or tuple(OPS), dtypes)
-    cases = [case for dtype in dtypes for case in report_cases(size, options.op or tuple(OPS), dtype)]
-    report = run.run(
-        cases,
-        variants(backends, with_peers=EVERYDAY if options.peers else ()),
-        limit=QUICK_LIMIT if options.quick else LIMIT,
-    )
+    names = options.op or NAMES
+    ops = tuple(name for name in names if name in OPS)
+    # Where dropout is alone, its array is as large as that of any other row.
+    size = _fitting(options.size or (QUICK_SIZE if options.quick else SIZE), ops or ("layernorm",), dtypes)
+    cases = [case for dtype in dtypes for case in report_cases(size, ops, dtype)]
+    chosen = variants(backends, with_peers=EVERYDAY if options.peers else ())
+    report = run.run(cases, chosen, limit=QUICK_LIMIT if options.quick else LIMIT)
+    if dropout.NAME in names:
+        dropout.add_to(report, size, dtypes, chosen, seconds=QUICK_DROPOUT if options.quick else DROPOUT)
     return _finish(options, report, table.render(report), plot.draw)
 
 
@@ -120,7 +125,7 @@ def _write(
 ) -> list[Path]:
     figures = options.output.with_name(options.output.name + ".json")
     figures.write_text(json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
-    if options.no_plot:
+    if options.no_plot or not report.sections:  # dropout alone is no picture
         return [figures]
     try:
         return [figures, *draw(report, options.output)]

@@ -116,11 +116,14 @@ class Report:
     floor: str
     seconds: float
     sections: list[Section]
+    dropout: list[Section] = field(default_factory=list)
+    """What fastnorm/bench/dropout.py measured."""
 
     @property
     def correct(self) -> bool:
         """Whether every result of fastnorm is right; a peer's error is shown but is not ours."""
-        return all(row.correct or row.name in PEERS for section in self.sections for row in section.rows)
+        sections = (*self.sections, *self.dropout)
+        return all(row.correct or row.name in PEERS for section in sections for row in section.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which knows neither NaN nor infinity: those are None."""
@@ -129,12 +132,15 @@ class Report:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
         """Back from JSON."""
-        known = {key: values[key] for key in cls.__dataclass_fields__}
-        sections = []
-        for section in values["sections"]:
-            rows = [Row(**row) for row in section["rows"]]
-            sections.append(Section(**{**section, "shape": tuple(section["shape"]), "rows": rows}))
-        return cls(**{**known, "sections": sections})
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        for key in ("sections", "dropout"):
+            known[key] = [_section_from(section) for section in values.get(key, [])]
+        return cls(**known)
+
+
+def _section_from(values: Mapping[str, Any]) -> Section:
+    rows = [Row(**row) for row in values["rows"]]
+    return Section(**{**values, "shape": tuple(values["shape"]), "rows": rows})
 
 
 def _finite(value: Any) -> Any:

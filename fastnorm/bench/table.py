@@ -12,12 +12,13 @@ WIDTHS = (14, 9, 10, 11, 7, 9, 13, 10, 9)
 LEGEND = """\
 min, median    of rounds in which all variants take turns; fused ones write to a reused out=
 no out=        the same into a new array each call (minimum)
-GB/s           the bytes that must be moved (forward: read x, write out; backward: read dout and x, write dx)
-               over the minimum
+GB/s           the bytes that must be moved (forward: read x, write out; backward: read dout and x, write dx;
+               backward of dropout: read dout, write dx) over the minimum
 of floor       the floor's minimum over this minimum; floor: {floor}, measured in turn with the rest
 extra memory   peak of one call beyond what was there before, in arrays of x's size: the larger of what
                NumPy allocated and of the growth of the process's resident memory; results and caches count
-error          largest deviation from the float64 reference, scaled to values of 1"""
+error          largest deviation from the float64 reference, scaled to values of 1; of dropout that from what the
+               reference backend gives for the same seed, PyTorch's from x/p where it kept x"""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -71,7 +72,7 @@ def _summary(report: Report) -> list[str]:
         for row in section.rows:
             if row.best is not None:
                 rows.setdefault(row.variant, []).append(row)
-    lines = ["geometric means over the sections"]
+    lines = ["geometric means over the normalizations"] if rows else []
     for variant, own in rows.items():
         shares = [row.share_of_floor for row in own if row.share_of_floor]
         speedups = [row.speedup_over_staged for row in own if row.speedup_over_staged]
@@ -84,7 +85,7 @@ def render(report: Report) -> str:
     """The whole report."""
     machine = report.machine
     lines = [f"{machine['cpu']}, {report.config['threads']} threads of {machine['cores']} cores", ""]
-    for section in report.sections:
+    for section in (*report.sections, *report.dropout):
         lines += [title(section), _line(COLUMNS)]
         lines += [_row(row) for row in section.rows]
         floor = (
