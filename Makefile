@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastnorm -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: run test lint bench examples develop sanitize clean
+.PHONY: run test test-gpu lint bench bench-gpu examples develop sanitize clean
 
 # The main job: large arrays, every version and backend, checked and timed; writes table, JSON and plot.
 run: $(VENV)/.installed
@@ -14,6 +14,14 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# On a machine with a GPU: the whole suite, real device arrays included, then compute-sanitizer.
+test-gpu: $(VENV)/.gpu
+	.ci/gpu $(abspath $(BIN))
+
+# The roof of the GPU, then every case against PyTorch; a table and JSON in bench/results.
+bench-gpu: $(VENV)/.gpu
+	$(BIN)/python bench/cuda.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -49,6 +57,10 @@ $(VENV)/.environment:
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 	$(BIN)/pip install -q '.[bench,examples,test]'
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.installed
+	$(BIN)/pip install -q '.[bench,cuda,examples,test]' torch cupy-cuda13x
 	touch $@
 
 clean:
