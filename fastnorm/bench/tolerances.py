@@ -29,7 +29,10 @@ rounding is r = |mean| rstd u_64 / u_a:
     dbeta      sum |dout|
     dgamma     sum |dout| (|xhat| + 1 + r)
     dx         |gamma| rstd (|dout| + mean |dout| + (|xhat| + 1 + r) mean(|dout| (|xhat| + 1 + r)))
-               (layernorm: gamma inside the means)
+               (layernorm, groupnorm: gamma inside the means)
+
+Without centring (rmsnorm) no mean is subtracted and none enters var: 1 + r and mean |dout| drop out, and M of var is
+var itself, a sum of squares.
 
 The naive graph keeps its mean in the accumulation dtype: there u_a stands in the place of u_64.
 """
