@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that the tests run in: most tests use one core.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastnorm -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pyi')
 
@@ -13,7 +15,7 @@ run: $(VENV)/.installed
 	$(BIN)/fastnorm bench
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # On a machine with a GPU: the whole suite, real device arrays included, then compute-sanitizer.
 test-gpu: $(VENV)/.gpu

@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Any, Literal, overload
 
-from fastnorm import _dispatch, _memory, _threads
+from fastnorm import _device, _dispatch, _memory, _threads
 
 ENVIRONMENT = (
     "FASTNORM_BACKEND",
@@ -44,6 +44,15 @@ def _extension() -> dict[str, Any]:
     }
 
 
+def _devices() -> dict[str, Any]:
+    """Driver and devices of the cuda backend."""
+    for row in _dispatch.backends():
+        if row.name == _dispatch.ON_DEVICE and not row.available:
+            return {"available": False, "reason": row.reason}
+    found: dict[str, Any] = _device.backend().describe()
+    return {"available": True, **found}
+
+
 def _default_backend() -> str:
     try:
         return _dispatch.name_of(_dispatch.kernels(None))
@@ -60,9 +69,11 @@ def _gather() -> dict[str, Any]:
             "python": platform.python_version(),
             "numpy": _version("numpy"),
             "numba": _version("numba"),
+            "numba-cuda": _version("numba-cuda"),
         },
         "platform": f"{platform.system()} {platform.machine()}",
         "extension": _extension(),
+        "cuda": _devices(),
         "threads": _threads.get_num_threads(),
         "output pool": _memory.output_pool()._asdict(),
         "backends": {row.name: row.reason or "available" for row in _dispatch.backends()},

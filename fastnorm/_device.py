@@ -211,7 +211,7 @@ def backend() -> Any:
 
     An op has asked `_dispatch` for it before, which says why where it cannot be loaded.
     """
-    return importlib.import_module("fastnorm.backends.numba_cuda")
+    return importlib.import_module("fastnorm.backends.numba_cuda.table")
 
 
 # ---- libraries ------------------------------------------------------------------------------------

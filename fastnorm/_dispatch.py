@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fastnorm import _device, _threads
 from fastnorm.backends import KernelTable
@@ -14,7 +14,7 @@ from fastnorm.backends import KernelTable
 _MODULES = {
     "cpp": "fastnorm.backends.cpp",
     "numba": "fastnorm.backends.numba_cpu",
-    "cuda": "fastnorm.backends.numba_cuda",
+    "cuda": "fastnorm.backends.numba_cuda.table",
     "numpy": "fastnorm.reference.kernels",
 }
 
@@ -56,7 +56,7 @@ def _load(name: str) -> KernelTable | None:
         missing = error.name or str(error)
         _refused[name] = (
             "not part of this version"
-            if missing == module_name
+            if module_name.startswith(missing)
             else f"needs the module {missing!r}, which is not installed"
         )
         return None
@@ -67,6 +67,10 @@ def _load(name: str) -> KernelTable | None:
         lacking = [kernel for kernel in vars(KernelTable) if kernel[0] != "_" and not hasattr(table, kernel)]
         _refused[name] = f"{module_name} lacks {', '.join(lacking)}"
         return None
+    if name == ON_DEVICE:
+        from fastnorm._hosted import hosted  # wanted here only
+
+        table = hosted(table)
     _loaded[name] = table
     _threads.subscribe(table.set_num_threads)
     return table
@@ -111,7 +115,7 @@ def kernels(backend: str | None = None) -> KernelTable:
 def kernels_for(x: Any, table: KernelTable, backend: str | None) -> KernelTable:
     """The table for a call on x, an array or a descriptor: `table`, from `kernels(backend)`, in host memory.
 
-    On a device it is the cuda backend's. ValueError where another was chosen or the device is too old for it,
+    On a device it is the cuda backend itself. ValueError where another was chosen or the device is too old for it,
     BackendUnavailableError where it cannot be loaded.
     """
     if not _device.on_device(x):
@@ -119,9 +123,10 @@ def kernels_for(x: Any, table: KernelTable, backend: str | None) -> KernelTable:
     named = backend or _chosen or os.environ.get("FASTNORM_BACKEND") or ON_DEVICE
     if named != ON_DEVICE:
         raise ValueError(f"backend: {named!r} was chosen, which works in host memory, but x is on {x.place}")
-    table = _require(ON_DEVICE, "x")
-    _device.backend().check_device(x.device)
-    return table
+    _require(ON_DEVICE, "x")
+    found = _device.backend()
+    found.check_device(x.device)
+    return cast(KernelTable, found)
 
 
 def name_of(table: KernelTable) -> str:

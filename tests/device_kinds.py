@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from fastnorm import _device, _dispatch
+from fastnorm._hosted import hosted
 from fastnorm.backends import KernelTable, flat
 from fastnorm.reference import kernels as reference
 
@@ -233,6 +234,12 @@ class _NumbaArray(_Values):
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {"data": (self._values.ctypes.data, False), "stream": self.stream or None, "version": 3}
 
+    def copy_to_device(self, values: Array) -> None:
+        self._values[...] = values
+
+    def copy_to_host(self, values: Array) -> None:
+        values[...] = self._values
+
     def _like(self, values: Array) -> Any:
         found = DeviceNDArrayBase(values, self._index)
         found.stream = self.stream
@@ -249,7 +256,7 @@ class StandInBackend(types.ModuleType):
     """The reference kernels on descriptors. `calls` has (kernel, device, stream) of each."""
 
     def __init__(self) -> None:
-        super().__init__("fastnorm.backends.numba_cuda")
+        super().__init__("fastnorm.backends.numba_cuda.table")
         self.calls: list[tuple[str, int, int]] = []
         self.followed: list[tuple[int, int]] = []
         self.refusal: dict[int, str] = {}
@@ -286,6 +293,12 @@ class StandInBackend(types.ModuleType):
         found = DeviceNDArrayBase(np.ndarray(shape, dtype, strides=strides), device)
         found.stream = stream
         return found
+
+    def current_device(self) -> int:
+        return 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"cuda:0": "a stand-in"}
 
     def check_device(self, device: int) -> None:
         if device in self.refusal:
@@ -456,7 +469,7 @@ def devices() -> Iterator[Any]:
         if MODE == "stand-in":
             backend = StandInBackend()
             patch.setitem(sys.modules, backend.__name__, backend)
-            patch.setattr(_dispatch, "_loaded", {**_dispatch._loaded, _dispatch.ON_DEVICE: backend})
+            patch.setattr(_dispatch, "_loaded", {**_dispatch._loaded, _dispatch.ON_DEVICE: hosted(backend)})
         _forget()
         yield _device.backend()
     _forget()

@@ -193,6 +193,34 @@ def test_empty_arrays(op, kind):
     assert (kind.get(dgamma) == 0).all()
 
 
+# ---- NumPy arrays, because the caller says so ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("op", FUSED)
+def test_numpy_arrays_by_name(op, dtype, backend):
+    this, inputs, expected = standard(op, (3, 4, 2, 5), 1, dtype)
+    found = fused(this, inputs, backend="cuda")
+    assert all(type(value) is np.ndarray for value in found.values())
+    check_all(expected, found)
+    with fastnorm.use_backend("cuda"):
+        again = fused(this, inputs)
+    assert all(again[name].tobytes() == found[name].tobytes() for name in found)
+
+
+def test_numpy_arrays_by_name_in_pieces_and_in_place(backend):
+    _, inputs, expected = standard("batchnorm", (6, 3, 2, 2))
+    x, gamma, beta, dout = inputs
+    found = fastnorm.moments(x, (0, 2, 3), keepdims=True, backend="cuda")
+    check_moments(found, x, (0, 2, 3))
+    sums = fastnorm.batchnorm_backward_reduce(dout, x, found.mean, found.var, backend="cuda")
+    dx = fastnorm.batchnorm_backward_apply(dout, x, found.mean, found.var, gamma, *sums, found.count, backend="cuda")
+    out = x.copy()
+    shaped = (values.reshape(3, 1, 1) for values in (gamma, beta))
+    assert fastnorm.normalize(out, found.mean, found.var, *shaped, out=out, backend="cuda") is out
+    check_all(expected, {"y": out, "dx": dx, "dbeta": sums[0], "dgamma": sums[1]})
+
+
 # ---- where a call runs ----------------------------------------------------------------------------
 
 X = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -272,7 +300,7 @@ def test_where_x_lives_decides(kind):
 
 
 def test_without_a_name_host_memory_never_goes_to_the_device(backend, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_MODULES", {"cuda": "fastnorm.backends.numba_cuda", **_dispatch._MODULES})
+    monkeypatch.setattr(_dispatch, "_MODULES", {"cuda": "fastnorm.backends.numba_cuda.table", **_dispatch._MODULES})
     monkeypatch.setattr(_dispatch, "_active", None)
     assert _dispatch.kernels(None) is not backend
 
@@ -474,10 +502,16 @@ def test_other_libraries_are_told_what_is_expected():
         forward(Stranger())
 
 
+def test_show_config_has_the_device(backend, capsys):
+    assert fastnorm.show_config("dicts")["cuda"]["available"]
+    fastnorm.show_config()
+    assert "cuda:0" in capsys.readouterr().out or MODE == "simulator"
+
+
 def test_a_stand_in_keeps_the_contract(backend):
     assert isinstance(backend, KernelTable) or not isinstance(backend, StandInBackend)
 
 
 def test_importing_fastnorm_loads_no_library():
     code = "import fastnorm, sys; print(*sys.modules)"
-    assert not {"torch", "cupy", "numba", "fastnorm.backends.numba_cuda"} & set(run(code).split())
+    assert not {"torch", "cupy", "numba", "fastnorm.backends.numba_cuda.table"} & set(run(code).split())

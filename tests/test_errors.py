@@ -25,6 +25,9 @@ class Foreign:
     def __array__(self, *_):
         raise AssertionError("must not be converted silently")
 
+    def __repr__(self):
+        return "Foreign()"
+
 
 # What every forward refuses: (arguments that differ from good ones, exception, what the message names).
 INPUTS = [
