@@ -55,12 +55,11 @@ def kernels() -> dict[str, Any]:
     from fastnorm.backends.numba_cuda import _columns, _dropout, _rows, _runs
 
     found = [_rows.finish("float32"), _runs.finish_moments(True), _runs.finish_sums("float32", True, False)]
-    for storage, width in (("float32", 4), ("bfloat16", 8), ("float16", 8), ("float64", 2)):
-        row, back = (8, 4) if storage == "float64" else (32 // width, 16 // width)
+    for storage, width in (("float32", 4), ("bfloat16", 8)):
         found += [
-            _rows.forward(storage, width, row, True, True),
-            _rows.backward(storage, width, back, True, True, True),
-            _rows.backward(storage, width, 2 * back, True, True, False),
+            _rows.forward(storage, width, 32 // width, True, True),
+            _rows.backward(storage, width, 16 // width, True, True, True),
+            _rows.backward(storage, width, 32 // width, True, True, False),
             _runs.moments(storage, width, True),
             _runs.apply(storage, width, True, False),
             _runs.apply(storage, width, True, True),
@@ -72,6 +71,8 @@ def kernels() -> dict[str, Any]:
             _columns.reduce(storage, width, True, True),
             _columns.gradient(storage, width),
         ]
+    found += [_rows.forward("float16", 8, 4, True, True), _rows.forward("float64", 2, 8, True, True)]
+    found += [_rows.backward("float64", 2, 4, True, True, True), _columns.moments("float64", 2)]
     found += [_rows.forward("float32", 1, 16, True, True), _rows.forward("float32", 4, 8, False, False)]
     found += [_rows.backward("bfloat16", 8, 2, False, True, True), _dropout.dropout("float32", 4)]
     return {kernel.name: kernel for kernel in found}

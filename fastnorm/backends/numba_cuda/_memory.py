@@ -69,6 +69,9 @@ def _device_access(storage: str, width: int) -> tuple[Any, Any]:
             return builder.bitcast(word, ir.FloatType())
         return bits
 
+    def unpacked(builder: Any, word: Any) -> Any:
+        return (builder.trunc(word, lane), builder.trunc(builder.lshr(word, ir.IntType(32)(16)), lane))
+
     def narrowed(builder: Any, value: Any) -> Any:
         if storage == "float16":
             return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
@@ -88,10 +91,10 @@ def _device_access(storage: str, width: int) -> tuple[Any, Any]:
     def load(typing: Any, address: Any, values: Any, at: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             vector = builder.load(at_address(builder, arguments[0]), align=align)
-            vector = builder.bitcast(vector, lanes) if moved != lanes else vector
-            for k in range(width):
-                value = widened(builder, builder.extract_element(vector, ir.IntType(32)(k)))
-                builder.store(value, element(context, builder, values, arguments[1], arguments[2], k))
+            found = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(moved.count)]
+            found = [half for word in found for half in unpacked(builder, word)] if moved != lanes else found
+            for k, value in enumerate(found):
+                builder.store(widened(builder, value), element(context, builder, values, arguments[1], arguments[2], k))
             return context.get_dummy_value()
 
         return types.void(types.int64, values, types.int64), generate
