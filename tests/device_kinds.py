@@ -4,7 +4,7 @@ What the tests run on depends on the process:
 
     gpu         the cuda backend on a GPU; arrays of PyTorch, CuPy and Numba where installed
     simulator   NUMBA_ENABLE_CUDASIM=1: the cuda backend in Numba's simulator; Numba's simulated arrays, and
-                stand-ins for PyTorch's and CuPy's
+                stand-ins for PyTorch's
     stand-in    no GPU and no simulator: the reference kernels in the place of the cuda backend, called by address;
                 stand-ins for all arrays
 
@@ -451,7 +451,7 @@ KINDS: dict[str, Kind] = {
     name: kind(name)
     for name, kind in {
         "stand-in": STAND_INS,
-        "simulator": {**STAND_INS, "numba": _Simulated},
+        "simulator": {"torch": _StandInTorch, "numba": _Simulated},
         "gpu": {"torch": _Torch, "cupy": _Cupy, "numba": _Numba},
     }[MODE].items()
 }
