@@ -6,9 +6,9 @@ import importlib
 
 import numpy as np
 import pytest
+from kernel_truth import check, computed_in, kernel_inputs, plain_formulas
 
 from fastnorm.bench.cases import DTYPES, dtype_of
-from fastnorm.bench.tolerances import roundoff, tolerance
 
 MODULES = {
     "cpp": "fastnorm.backends.cpp",
@@ -37,19 +37,6 @@ def table(backend):
     kernels.set_num_threads(2)
 
 
-def _accumulation(dtype):
-    return np.dtype(np.float64 if dtype == "float64" else np.float32)
-
-
-def _inputs(size, channels, dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    stored, accumulation = dtype_of(dtype), _accumulation(dtype)
-    x, dy = (3 + rng.standard_normal(size)).astype(stored), rng.standard_normal(size).astype(stored)
-    gamma, beta = (rng.standard_normal(channels).astype(accumulation) for _ in range(2))
-    gamma[0] = 0.0
-    return x, dy, gamma, beta
-
-
 def _of_groups(table, shape, x, dy, gamma, beta, eps=1e-5):
     samples, _, channels, _, count = shape
     y, dx = np.empty_like(x), np.empty_like(x)
@@ -69,60 +56,22 @@ def _of_rows(table, shape, x, dy, gamma, beta, eps=1e-5):
     return {"y": y, "var": var, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
 
 
-def _truth(x, dy, gamma, beta, axes, parameter_axes, eps, accumulation, centred=True):
-    """Results and their magnitudes, of arrays with an axis for all that is told apart; float64, plain formulas."""
-    x, dy, gamma, beta = (np.asarray(a, np.float64) for a in (x, dy, gamma, beta))
-    average = lambda a: a.mean(axis=axes, keepdims=True)  # noqa: E731
-    mean = average(x) if centred else np.zeros_like(average(x))
-    mean += average(x - mean) if centred else 0.0
-    var = average((x - mean) ** 2)
-    rstd = 1 / np.sqrt(var + eps)
-    xhat, g = (x - mean) * rstd, dy * gamma
-    spread, narrow = np.sqrt(var), roundoff(np.float64) / roundoff(accumulation)
-    slack = np.abs(xhat) + centred * (1 + np.abs(mean) * rstd * narrow)
-    offset = np.abs(mean) * narrow
-    mean_g = average(g) if centred else 0.0
-    down = lambda a: a.sum(axis=parameter_axes)  # noqa: E731
-    results = {
-        "y": xhat * gamma + beta, "mean": mean, "var": var, "dx": rstd * (g - mean_g - xhat * average(g * xhat)),
-        "sum_dy": down(dy), "sum_dy_xhat": down(dy * xhat),
-    }  # fmt: skip
-    magnitudes = {
-        "y": np.abs(gamma) * slack + np.abs(beta), "mean": spread + offset,
-        "var": var + spread * offset + roundoff(accumulation) * np.sqrt(x.size) * offset**2,
-        "dx": rstd * (np.abs(g) + average(np.abs(g)) + slack * average(np.abs(g) * slack)),
-        "sum_dy": down(np.abs(dy)), "sum_dy_xhat": down(np.abs(dy) * slack),
-    }  # fmt: skip
-    return results, magnitudes
-
-
 def _truth_of_groups(shape, x, dy, gamma, beta, eps=1e-5, accumulation=np.float32):
     samples, outer, channels, inner, count = shape
     apart = (samples, outer, count, channels // count, inner)
     gamma, beta = (a.reshape(1, 1, count, -1, 1) for a in (gamma, beta))
-    return _truth(x.reshape(apart), dy.reshape(apart), gamma, beta, (1, 3, 4), (0, 1, 4), eps, accumulation)
-
-
-def _check(results, truth, stored, accumulation, terms):
-    expected, magnitudes = truth
-    for name, result in results.items():
-        wanted, magnitude = expected[name].ravel(), magnitudes[name].ravel()
-        dtype = stored if name in ("y", "dx") else np.float64
-        allowed = tolerance(wanted, magnitude, dtype, accumulation, terms)
-        error = np.abs(result.astype(np.float64) - wanted)
-        worst = np.argmax(error / allowed)
-        assert error[worst] <= allowed[worst], (name, worst, result[worst], wanted[worst], allowed[worst])
+    return plain_formulas(x.reshape(apart), dy.reshape(apart), gamma, beta, (1, 3, 4), (0, 1, 4), eps, accumulation)
 
 
 @dtypes
 @groups
 def test_groups_against_float64(shape, dtype, table):
     samples, outer, channels, inner, _ = shape
-    inputs = _inputs(samples * outer * channels * inner, channels, dtype)
-    accumulation = _accumulation(dtype)
+    inputs = kernel_inputs(samples * outer * channels * inner, channels, dtype)
+    accumulation = computed_in(dtype)
     results = _of_groups(table, shape, *inputs)
     truth = _truth_of_groups(shape, *inputs, accumulation=accumulation)
-    _check(results, truth, dtype_of(dtype), accumulation, inputs[0].size)
+    check(results, truth, dtype_of(dtype), accumulation, inputs[0].size)
 
 
 @pytest.mark.parametrize("ratio", [1e3, 1e6])
@@ -130,11 +79,11 @@ def test_groups_against_float64(shape, dtype, table):
 def test_groups_far_from_zero(shape, ratio, table):
     """The error does not grow with mean over spread, also where the means of a group's channels differ."""
     samples, outer, channels, inner, _ = shape
-    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    x, dy, gamma, beta = kernel_inputs(samples * outer * channels * inner, channels, "float32")
     by_channel = x.reshape(samples, outer, channels, inner) + np.arange(channels).reshape(-1, 1) * 0.5 + ratio
     x = by_channel.astype(np.float32).ravel()
     truth = _truth_of_groups(shape, x, dy, gamma, beta)
-    _check(_of_groups(table, shape, x, dy, gamma, beta), truth, np.float32, np.float32, x.size)
+    check(_of_groups(table, shape, x, dy, gamma, beta), truth, np.float32, np.float32, x.size)
 
 
 @dtypes
@@ -143,7 +92,7 @@ def test_groups_far_from_zero(shape, ratio, table):
 @groups
 def test_a_constant_group_gives_exactly_beta(shape, value, eps, dtype, table):
     samples, outer, channels, inner, count = shape
-    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, dtype)
+    x, dy, gamma, beta = kernel_inputs(samples * outer * channels * inner, channels, dtype)
     x[:] = value
     results = _of_groups(table, shape, x, dy, gamma, beta, eps)
     assert (results["var"] == 0).all()
@@ -158,7 +107,7 @@ def test_a_constant_group_gives_exactly_beta(shape, value, eps, dtype, table):
 @pytest.mark.parametrize("shape", [(3, 1, 6, 10, 2), (3, 10, 6, 1, 2), (2, 1, 6, 9001, 3), (2, 9001, 6, 1, 3)], ids=str)
 def test_nan_stays_in_its_group_of_its_sample(shape, poison, table):
     samples, outer, channels, inner, count = shape
-    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    x, dy, gamma, beta = kernel_inputs(samples * outer * channels * inner, channels, "float32")
     clean = _of_groups(table, shape, x, dy, gamma, beta)
     x.reshape(samples, outer, count, -1, inner)[1, outer // 2, 1, 0, inner // 2] = poison
     results = _of_groups(table, shape, x, dy, gamma, beta)
@@ -176,7 +125,7 @@ def test_nan_stays_in_its_group_of_its_sample(shape, poison, table):
 )
 def test_groups_have_equal_bits_for_any_number_of_threads(shape, dtype, table):
     samples, outer, channels, inner, _ = shape
-    inputs = _inputs(samples * outer * channels * inner, channels, dtype)
+    inputs = kernel_inputs(samples * outer * channels * inner, channels, dtype)
     found = []
     for threads in (1, 2, 3):
         table.set_num_threads(threads)
@@ -188,7 +137,7 @@ def test_groups_have_equal_bits_for_any_number_of_threads(shape, dtype, table):
 @groups
 def test_groups_in_place(shape, table):
     samples, outer, channels, inner, _ = shape
-    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    x, dy, gamma, beta = kernel_inputs(samples * outer * channels * inner, channels, "float32")
     apart = _of_groups(table, shape, x, dy, gamma, beta)
     mean, var, sums = apart["mean"], apart["var"], np.empty((2, channels))
     for out in ("dy", "x"):
@@ -202,7 +151,7 @@ def test_groups_in_place(shape, table):
 @pytest.mark.parametrize("shape", [(3, 1, 6, 10, 2), (3, 47, 33, 1, 11)], ids=str)
 def test_groups_without_parameters_or_write_access(shape, table):
     samples, outer, channels, inner, _ = shape
-    x, dy, gamma, beta = _inputs(samples * outer * channels * inner, channels, "float32")
+    x, dy, gamma, beta = kernel_inputs(samples * outer * channels * inner, channels, "float32")
     gamma[:], beta[:] = 1.0, 0.0
     expected = _of_groups(table, shape, x, dy, gamma, beta)
     for array in (x, dy):
@@ -215,20 +164,20 @@ def test_groups_without_parameters_or_write_access(shape, table):
 @dtypes
 @rows
 def test_rows_that_are_not_centred_against_float64(shape, dtype, table):
-    inputs = _inputs(shape[0] * shape[1], shape[1], dtype)
-    accumulation = _accumulation(dtype)
+    inputs = kernel_inputs(shape[0] * shape[1], shape[1], dtype)
+    accumulation = computed_in(dtype)
     x, dy, gamma, beta = inputs
     results = _of_rows(table, shape, *inputs)
     results["sum_dy"], results["sum_dy_xhat"] = results.pop("dbeta"), results.pop("dgamma")
-    truth = _truth(x.reshape(shape), dy.reshape(shape), gamma, beta, 1, 0, 1e-5, accumulation, centred=False)
-    _check(results, truth, dtype_of(dtype), accumulation, max(shape))
+    truth = plain_formulas(x.reshape(shape), dy.reshape(shape), gamma, beta, 1, 0, 1e-5, accumulation, centred=False)
+    check(results, truth, dtype_of(dtype), accumulation, max(shape))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @rows
 def test_rows_that_are_not_centred_depend_on_nothing_else(shape, dtype, table):
     """Not on the number of threads; a row's y and dx not on the other rows."""
-    x, dy, gamma, beta = _inputs(shape[0] * shape[1], shape[1], dtype)
+    x, dy, gamma, beta = kernel_inputs(shape[0] * shape[1], shape[1], dtype)
     found = []
     for threads in (1, 2, 3):
         table.set_num_threads(threads)
@@ -243,7 +192,7 @@ def test_rows_that_are_not_centred_depend_on_nothing_else(shape, dtype, table):
 
 
 def test_rows_of_zeros_give_exactly_beta(table):
-    x, dy, gamma, beta = _inputs(3 * 130, 130, "float32")
+    x, dy, gamma, beta = kernel_inputs(3 * 130, 130, "float32")
     x[:] = 0
     for eps in (1e-5, 0.0):
         results = _of_rows(table, (3, 130), x, dy, gamma, beta, eps)
@@ -252,7 +201,7 @@ def test_rows_of_zeros_give_exactly_beta(table):
 
 def test_infinite_gradients_of_rows_that_are_not_centred(table):
     """There is no mean(g) to turn the infinity of one element into NaN elsewhere in other rows or columns."""
-    x, dy, gamma, beta = _inputs(4 * 33, 33, "float32")
+    x, dy, gamma, beta = kernel_inputs(4 * 33, 33, "float32")
     clean = _of_rows(table, (4, 33), x, dy, gamma, beta)
     dy[40] = np.inf
     results = _of_rows(table, (4, 33), x, dy, gamma, beta)
