@@ -12,6 +12,7 @@ from fastnorm.ops.alt import (
     layernorm_backward_alt,
     rmsnorm_backward_alt,
 )
+from fastnorm.ops.averages import ExponentialMovingAverage
 from fastnorm.ops.batchnorm import (
     batchnorm_backward,
     batchnorm_backward_apply,
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendInfo",
     "BackendUnavailableError",
+    "ExponentialMovingAverage",
     "Moments",
     "OutputPool",
     "Plan",

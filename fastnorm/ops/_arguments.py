@@ -12,6 +12,7 @@ import numpy as np
 
 from fastnorm import _arrays
 from fastnorm._layout import FLOAT32, FLOAT64, Array, Axes, as_array, beside, checked_axis, deliver, storage_dtype
+from fastnorm.ops import _numbers, _running
 
 # For plain arrays the sum of `_updated` in one step, the same bits: 0.2 us instead of 2. Else None.
 _running_average: Callable[[Array, Array, float], Array | None]
@@ -25,7 +26,8 @@ except ImportError:
 
 RUNNING = (FLOAT32, FLOAT64)
 """The dtypes of running statistics that fastnorm makes itself."""
-BN_KEYS = frozenset({"mode", "eps", "momentum", "running_mean", "running_var"})
+CS231N_KEYS = frozenset({"mode", "eps", "momentum", "running_mean", "running_var"})
+BN_KEYS = CS231N_KEYS | _running.KEYS
 DROPOUT_KEYS = frozenset({"p", "mode", "seed", "scale"})
 WORDS = 1 << 32
 """How many values a random word of dropout can have."""
@@ -102,29 +104,9 @@ def checked_param(name: str, param: Any, keys: frozenset[str]) -> dict[str, Any]
     return param
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str, bytes, complex)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-
-
 def checked_eps(eps: Any) -> float:
     """eps as a finite float, at least 0."""
-    number = eps if type(eps) is float else _number("eps", eps)
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {number}")
-    return number
-
-
-def checked_momentum(momentum: Any) -> float:
-    """momentum as a float from 0 to 1."""
-    number = momentum if type(momentum) is float else _number("momentum", momentum)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"momentum: expected from 0 to 1, got {number}")
-    return number
+    return _numbers.at_least_zero("eps", eps)
 
 
 def checked_dout(dout: Any, x: Array) -> Array:
@@ -151,7 +133,7 @@ def per_channel(name: str, value: Any, x: Array, channels: int) -> Array:
 
 def checked_count(count: Any) -> float:
     """A number of values, above 0."""
-    number = _number("count", count)
+    number = _numbers.number("count", count)
     if not 0.0 < number < math.inf:
         raise ValueError(f"count: expected a finite number above 0, got {number}")
     return number
@@ -176,9 +158,12 @@ class BatchnormOptions(NamedTuple):
     """Test mode: mean and var are the running statistics."""
     eps: float
     momentum: float
+    """The weight of the old running statistics, where `rule` is None."""
     running_mean: Array | None
     """As the caller stored it; running_var likewise. Never None in batchnorm's test mode."""
     running_var: Array | None
+    rule: _running.Rule | None
+    """How batches enter the running statistics where it is not CS231n's rule."""
 
 
 def batchnorm_options(bn_param: Any, x: Array, channels: int) -> BatchnormOptions:
@@ -192,20 +177,29 @@ def batchnorm_options(bn_param: Any, x: Array, channels: int) -> BatchnormOption
 
 def running_options(name: str, param: Any, x: Array, channels: int) -> BatchnormOptions:
     """The options in a dictionary of this name; the running statistics may be absent, in test mode too."""
-    param = checked_param(name, param, BN_KEYS)
+    cs231n = type(param) is dict and param.keys() <= CS231N_KEYS
+    if not cs231n:
+        param = checked_param(name, param, BN_KEYS)
+        cs231n = param.keys() <= CS231N_KEYS
     mode = param.get("mode", "train")
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"{name}['mode']: expected 'train' or 'test', got {mode!r}")
-    return BatchnormOptions(
+    momentum = param.get("momentum", 0.9)
+    rule = None if cs231n and momentum is not None else _running.checked_rule(name, param)
+    options = BatchnormOptions(
         mode == "test",
         checked_eps(param.get("eps", 1e-5)),
-        checked_momentum(param.get("momentum", 0.9)),
-        _running(param, "running_mean", x, channels),
-        _running(param, "running_var", x, channels),
+        _numbers.share("momentum", momentum) if rule is None else 0.0,
+        _stored(param, "running_mean", x, channels),
+        _stored(param, "running_var", x, channels),
+        rule,
     )
+    if rule is not None and not options.frozen:
+        _running.checked_source(name, rule, x, (options.running_mean, options.running_var))
+    return options
 
 
-def _running(param: dict[str, Any], key: str, x: Array, channels: int) -> Array | None:
+def _stored(param: dict[str, Any], key: str, x: Array, channels: int) -> Array | None:
     """A running statistic as the caller stored it, if its length fits."""
     value = param.get(key)
     if value is None or (type(value) is type(x) and value.dtype in RUNNING and value.shape == (channels,)):
@@ -221,24 +215,40 @@ def constants(options: BatchnormOptions) -> tuple[Array, Array]:
 
 
 def store_running(
-    bn_param: dict[str, Any], options: BatchnormOptions, mean: Array, var: Array, dtype: np.dtype[Any]
+    bn_param: dict[str, Any], options: BatchnormOptions, mean: Array, var: Array, dtype: np.dtype[Any], count: int
 ) -> None:
-    """Put running = momentum * running + (1 - momentum) * batch into bn_param.
+    """Let a batch of `count` values a channel into the running statistics of bn_param, by the rule that it asks for.
 
-    New arrays, in the shape and dtype that the caller's have; where there are none yet, from zeros, in `dtype`.
+    CS231n's is running = momentum * running + (1 - momentum) * batch. New arrays, in the shape and dtype that the
+    caller's have; where there are none yet, from zeros, in `dtype`.
     """
-    for key, running, batch in (
-        ("running_mean", options.running_mean, mean),
-        ("running_var", options.running_var, var),
-    ):
-        bn_param[key] = _updated(running, batch.reshape(-1), options.momentum, dtype)
+    momentum, running, batch = options.momentum, (options.running_mean, options.running_var), (mean, var)
+    rule = options.rule
+    if rule is not None:
+        dtypes = tuple(dtype if old is None else _kept_dtype(old, dtype) for old in running)
+        step = _running.step(rule, running, (mean.reshape(-1), var.reshape(-1)), dtypes, count)
+        if step is None:
+            return
+        momentum, running, batch = step
+        if rule.tracked is not None:
+            bn_param["num_batches_tracked"] = rule.tracked + 1
+        if rule.average is not None:
+            bn_param["running_mean"], bn_param["running_var"] = _running.averaged(rule.average, running, batch, dtype)
+            return
+    bn_param["running_mean"] = _updated(running[0], batch[0].reshape(-1), momentum, dtype)
+    bn_param["running_var"] = _updated(running[1], batch[1].reshape(-1), momentum, dtype)
+
+
+def _kept_dtype(running: Array, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that running statistics are kept in: their own, or this one for integers."""
+    return dtype if running.dtype.kind in "biu" else running.dtype
 
 
 def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Any:
     if running is not None:
         if (average := _running_average(running, batch, momentum)) is not None:
             return average
-        dtype = dtype if running.dtype.kind in "biu" else running.dtype
+        dtype = _kept_dtype(running, dtype)
     return _arrays.handed(_arrays.mixed(running, batch, momentum, dtype))
 
 
@@ -305,7 +315,7 @@ def dropout_draw(dropout_param: Any) -> Draw:
     p, mode, scale, seed = param.get("p"), param.get("mode", "train"), param.get("scale", "inverted"), param.get("seed")
     if p is None:
         raise ValueError("dropout_param['p']: expected the probability of keeping an element, got none")
-    p = p if type(p) is float else _number("dropout_param['p']", p)
+    p = p if type(p) is float else _numbers.number("dropout_param['p']", p)
     if not 0.0 < p <= 1.0:
         raise ValueError(f"dropout_param['p']: expected a probability of keeping, above 0 and at most 1, got {p}")
     if not isinstance(mode, str) or mode not in ("train", "test"):

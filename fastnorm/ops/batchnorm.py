@@ -48,7 +48,14 @@ def batchnorm_forward(
         momentum : default 0.9; the weight of the *old* running statistics, from 0 to 1.
         running_mean, running_var : one element per channel; in train mode new arrays are stored here,
         running = momentum * running + (1 - momentum) * batch with the biased variance, starting from
-        zeros; test mode needs both. Any other key is an error.
+        zeros; test mode needs both.
+        convention : 'cs231n' (default), or 'pytorch': momentum, 0.1 by default, is the weight of the *new*, the
+        variance that is averaged is unbiased, and the running variance starts from 1.
+        momentum : None averages all batches so far alike.
+        num_batches_tracked : their number, stored where momentum is None, the convention PyTorch's, or it is given.
+        average : an `ExponentialMovingAverage` that keeps the running statistics, instead of a momentum.
+        skip_nonfinite : True keeps a batch with a NaN or Inf in any channel out of the running statistics.
+        Any other key is an error.
     axis : the channel axis; -1 for channels-last.
     out : array to write to, of x's shape and result dtype. May be x itself in test mode.
     backend : the name of a backend; None takes the one chosen by `use_backend` or the first available.
@@ -100,7 +107,7 @@ def batchnorm_forward(
         mean, var = _arrays.pair(channels, source)
         table.channel_forward(source, outer, channels, inner, scale, shift, options.eps, work, mean, var)
         if bn_param is not None:
-            _arguments.store_running(bn_param, options, mean, var, accumulation)
+            _arguments.store_running(bn_param, options, mean, var, accumulation, outer * inner)
     kept = None if in_place else x
     cache = Cache("batchnorm", kept, gamma, beta, mean, var, options.eps, axes, options.frozen)
     return _arguments.delivered(work, out, cache)

@@ -72,7 +72,8 @@ def instancenorm_forward(
     if in_param is not None and options.running_mean is not None and array.size:
         mean, var = (_over_samples(name, getattr(cache, name), array, channels, backend) for name in ("mean", "var"))
         dtype = _layout.accumulation_dtype(_layout.storage_dtype("x", array))
-        _arguments.store_running(in_param, options, mean, var, dtype)
+        count = array.size // (array.shape[0] * channels)
+        _arguments.store_running(in_param, options, mean, var, dtype, count)
     return out, cache
 
 

@@ -189,7 +189,7 @@ def _with_running(
         constants = mean.astype(dtype).reshape(shape), var.astype(dtype).reshape(shape)
     out, cache, mu, var = _forward(op, x, gamma, beta, options.eps, _others(x.ndim, params), params, constants)
     if param is not None and mu is not None and not options.frozen and x.size:
-        _arguments.store_running(param, options, mu, var, dtype)
+        _arguments.store_running(param, options, mu, var, dtype, x.size // mu.size)
     return out, cache
 
 
@@ -281,8 +281,9 @@ def instancenorm_forward_staged(
     out, cache, mu, var = _forward("instancenorm", x, gamma, beta, options.eps, (), params, groups=channels)
     assert mu is not None
     if in_param is not None and options.running_mean is not None and x.size:
+        count = x.size // mu.size
         mu, var = (each.reshape(-1, channels).mean(axis=0) for each in (mu, var))
-        _arguments.store_running(in_param, options, mu, var, _layout.accumulation_dtype(out.dtype))
+        _arguments.store_running(in_param, options, mu, var, _layout.accumulation_dtype(out.dtype), count)
     return out, cache
 
 
