@@ -20,26 +20,41 @@ docs/maths.md derives each line.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array
 from fastnorm._memory import empty_like
-from fastnorm.ops import _arguments
+from fastnorm.ops import _arguments, _chunks
 from fastnorm.ops._arguments import Cache
+from fastnorm.ops._chunks import ChunksCache
 
 
+@overload
+def batchnorm_forward(
+    x: list[Array] | tuple[Array, ...], gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
+    axis: int = 1, out: Sequence[Array] | None = None, backend: str | None = None,
+) -> tuple[list[Array], ChunksCache]: ...  # fmt: skip
+@overload
 def batchnorm_forward(
     x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
     axis: int = 1, out: Array | None = None, backend: str | None = None,
-) -> tuple[Array, Cache]:  # fmt: skip
+) -> tuple[Array, Cache]: ...  # fmt: skip
+def batchnorm_forward(
+    x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
+    axis: int = 1, out: Any = None, backend: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Normalize each channel over the batch: out = gamma * (x - mean) / sqrt(var + eps) + beta.
 
     Parameters
     ----------
     x : array of (N, D), (N, C, L), (N, C, H, W), (N, C, D, H, W) or any shape of 2 dimensions or more
         float16, bfloat16, float32 or float64, any strides; integers and bools are promoted to float64.
+        Or a list or tuple of such arrays, the chunks of one batch: they agree in dtype and in all but the axis of
+        the batch, and what holds for the array that they make up holds for them. The result, `out` and the
+        backward's dout and dx are then lists of arrays like them; there is one cache and one update of bn_param.
     gamma, beta : arrays of one element per channel, or None
         Scale and shift. Any shape that broadcasts: (C,), (1, C, 1, 1). None means 1 and 0.
     bn_param : dict or None
@@ -77,6 +92,8 @@ def batchnorm_forward(
         source, scale, shift = x, gamma, beta
         out = work = empty_like(x) if out is None else out
         in_place = False
+    elif _chunks.is_chunks(x):
+        return _chunks.forward(_PIECES, x, gamma, beta, bn_param, axis, out, backend)
     else:
         x, axes, channels = _arguments.batchnorm_x(x, axis)
         table = kernels_for(x, table, backend)
@@ -113,14 +130,22 @@ def batchnorm_forward(
     return _arguments.delivered(work, out, cache)
 
 
+@overload
+def batchnorm_backward(
+    dout: Any, cache: ChunksCache, *, out: Sequence[Array] | None = None, backend: str | None = None
+) -> tuple[list[Array], Array | None, Array | None]: ...
+@overload
 def batchnorm_backward(
     dout: Any, cache: Cache, *, out: Array | None = None, backend: str | None = None
-) -> tuple[Array, Array | None, Array | None]:
+) -> tuple[Array, Array | None, Array | None]: ...
+def batchnorm_backward(
+    dout: Any, cache: Cache | ChunksCache, *, out: Any = None, backend: str | None = None
+) -> tuple[Any, Array | None, Array | None]:
     """Gradients of `batchnorm_forward`: dx = gamma*rstd*(dout - dbeta/n - xhat*dgamma/n).
 
     Parameters
     ----------
-    dout : array of x's shape, any real dtype and strides
+    dout : array of x's shape, any real dtype and strides; where x was a list of chunks, a list of such arrays
     cache : from `batchnorm_forward`, of any backend. One of test mode treats the statistics as constants.
     out : array to write dx to, of x's shape and result dtype.
     backend : as in `batchnorm_forward`.
@@ -133,6 +158,8 @@ def batchnorm_backward(
 
     Raises TypeError for what is not a cache, ValueError for another op's cache or a dout of another shape.
     """
+    if type(cache) is ChunksCache:
+        return _chunks.backward(_PIECES, dout, cache, out, backend)
     table = kernels(backend)
     cache = _arguments.checked_cache(cache, "batchnorm")
     x = _arguments.cached_x(cache)
@@ -228,6 +255,9 @@ def batchnorm_backward_apply(
         grad, source, outer, channels, inner, mean, var, eps, scale, sum_dout, sum_dout_xhat, count, plan.work
     )
     return _layout.deliver(plan.work, plan.out)
+
+
+_PIECES = _chunks.Pieces(batchnorm_forward, batchnorm_backward, batchnorm_backward_reduce, batchnorm_backward_apply)
 
 
 def spatial_batchnorm_forward(
