@@ -43,7 +43,7 @@ from fastnorm.ops.staged import (
     rmsnorm_backward_staged,
     rmsnorm_forward_staged,
 )
-from fastnorm.ops.statistics import Moments, moments, normalize
+from fastnorm.ops.statistics import Moments, moments, normalize, stream_moments
 
 __version__ = "0.1.0"
 
@@ -97,5 +97,6 @@ __all__ = [
     "spatial_batchnorm_forward",
     "spatial_groupnorm_backward",
     "spatial_groupnorm_forward",
+    "stream_moments",
     "use_backend",
 ]

@@ -7,11 +7,16 @@ Two moments of disjoint data merge without the data (Chan, Golub and LeVeque, 19
     count = count_a + count_b
     mean  = mean_a + delta * count_b / count
     var   = (count_a*var_a + count_b*var_b + delta^2 * count_a*count_b / count) / count
+
+With weights w the same holds with w counted in place of 1:
+
+    count = sum(w)        mean = sum(w * x) / count        var = sum(w * (x - mean)^2) / count
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +30,8 @@ from fastnorm.ops import _arguments
 class Moments(NamedTuple):
     """Count, mean and biased variance; mean and var are float64 whatever the dtype of the data."""
 
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    count: Any  # hides tuple.count, which nobody needs here
+    """The number of values behind each mean; with weights their sums, a float64 array like mean."""
     mean: Array
     var: Array
 
@@ -34,14 +40,24 @@ class Moments(NamedTuple):
         """The moments of both sets of data together."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"other: expected moments of shape {self.mean.shape}, got {other.mean.shape}")
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
         count = self.count + other.count
+        if isinstance(count, np.ndarray):
+            share = np.divide(other.count, count, out=np.zeros_like(count), where=count > 0)
+        elif self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        else:
+            share = other.count / count
         delta = other.mean - self.mean
-        share = other.count / count
         mean = self.mean + delta * share
         var = (1 - share) * self.var + share * other.var + delta * delta * (share * (1 - share))
         return Moments(count, mean, var)
+
+    def update(
+        self, x: Any, axis: int | tuple[int, ...] | None = None, *, weights: Any = None, keepdims: bool = False,
+        backend: str | None = None,
+    ) -> Moments:  # fmt: skip
+        """The moments of these data and x together; arguments as in `moments`, which made the first ones."""
+        return self.merge(moments(x, axis, weights=weights, keepdims=keepdims, backend=backend))
 
 
 def _reduced_axes(axis: Any, ndim: int) -> Axes:
@@ -55,22 +71,27 @@ def _reduced_axes(axis: Any, ndim: int) -> Axes:
 
 
 def moments(
-    x: Any, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False, backend: str | None = None
-) -> Moments:
+    x: Any, axis: int | tuple[int, ...] | None = None, *, weights: Any = None, keepdims: bool = False,
+    backend: str | None = None,
+) -> Moments:  # fmt: skip
     """Count, mean and biased variance of x over `axis`, in one pass over the memory.
 
     Parameters
     ----------
     x : array, as in `batchnorm_forward`
     axis : the axes to reduce, as in numpy.mean; None reduces all.
+    weights : an array of finite numbers of at least 0 that broadcasts to x, or None. A value of weight 0 is left out,
+        also where it is NaN. Computed in NumPy, in float64, whatever the backend.
     keepdims : keep the reduced axes with length one, so that the result broadcasts against x.
     backend : as in `batchnorm_forward`.
 
     Returns
     -------
-    Moments(count, mean, var): mean and var are float64 arrays, count is the number of values behind each.
-    Where it is 0, mean and var are 0 and merging ignores them.
+    Moments(count, mean, var): mean and var are float64 arrays, count is the number of values behind each; with
+    weights a float64 array of their sums. Where it is 0, mean and var are 0 and merging ignores them.
     """
+    if weights is not None:
+        return _weighted(_layout.host_array("x", x), axis, _layout.host_array("weights", weights), keepdims)
     x = _layout.as_array("x", x)
     table = kernels_for(x, kernels(backend), backend)
     dtype = _layout.storage_dtype("x", x)
@@ -87,6 +108,112 @@ def moments(
     shape = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape)) if keepdims else lengths
     count = math.prod(x.shape[axis] for axis in reduced)
     return Moments(count, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
+
+
+def _weighted(x: Array, axis: Any, weights: Array, keepdims: bool) -> Moments:
+    """Moments with weights, in blocks that fit a cache, merged in an order that the shape alone decides."""
+    for name, array in (("x", x), ("weights", weights)):
+        _layout.storage_dtype(name, array)
+    reduced = _reduced_axes(axis, x.ndim)
+    padded = (1,) * (x.ndim - weights.ndim) + weights.shape
+    if len(padded) != x.ndim or any(n not in (1, length) for n, length in zip(padded, x.shape, strict=True)):
+        raise ValueError(f"weights: expected a shape that broadcasts to {x.shape}, got {weights.shape}")
+    if weights.size and not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("weights: expected finite numbers of at least 0, got negative ones, NaN or Inf")
+    among = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape))
+    whole = Moments(*(np.zeros(among) for _ in range(3)))
+    spread_weights = np.broadcast_to(weights, x.shape)
+    for _, index in _layout.pieces(x.shape):
+        block = _slices(index, x.ndim)
+        part = tuple(slice(None) if axis in reduced else each for axis, each in enumerate(block))
+        merged = Moments(*(values[part] for values in whole)).merge(
+            _weighted_block(x[block].astype(np.float64), spread_weights[block].astype(np.float64), reduced)
+        )
+        for values, new in zip(whole, merged, strict=True):
+            values[part] = new
+    if keepdims:
+        return whole
+    return Moments(*(values.reshape([n for axis, n in enumerate(among) if axis not in reduced]) for values in whole))
+
+
+def _slices(index: tuple[Any, ...], ndim: int) -> tuple[slice, ...]:
+    """An index of numbers, slices and at the end an ellipsis as one slice an axis."""
+    slices = [slice(each, each + 1) if isinstance(each, int) else each for each in index[:-1]]
+    return (*slices, *(slice(None),) * (ndim - len(slices)))
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def _weighted_block(x: Array, weights: Array, reduced: Axes) -> Moments:
+    """Two exact passes over one block of float64; reduced axes kept."""
+    x[weights == 0] = 0.0
+    count = weights.sum(axis=reduced, keepdims=True)
+
+    def mean_of(values: Array) -> Array:
+        total = (weights * values).sum(axis=reduced, keepdims=True)
+        mean: Array = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+        return mean
+
+    mean = mean_of(x)
+    mean += mean_of(x - mean)  # the rounding of the first, which shows where the mean is far from 0
+    return Moments(count, mean, mean_of((x - mean) ** 2))
+
+
+STREAMED = 1 << 22
+"""Elements of an array that are streamed at a time: 16 MB of float32."""
+
+
+def stream_moments(
+    batches: Any, axis: int | tuple[int, ...] | None = 0, *, keepdims: bool = False,
+    progress: Callable[[int, int | None], object] | None = None, backend: str | None = None,
+) -> Moments:  # fmt: skip
+    """Moments of data that need not fit in memory, in one pass.
+
+    Parameters
+    ----------
+    batches : an iterable of arrays that agree in all but the reduced axes; or one array, np.memmap say, which is
+        read along its first reduced axis, some 16 MB at a time.
+    axis, keepdims, backend : as in `moments`. The default reduces axis 0.
+    progress : called after each batch with the number of values seen so far and that of all, None for an iterable
+        that does not know.
+
+    Returns
+    -------
+    Moments of all batches, merged in the order in which they come: the same batches give the same bits.
+
+    Raises ValueError where there is no batch, or one does not fit the first.
+    """
+    total: int | None = None
+    if isinstance(batches, np.ndarray):
+        reduced = _reduced_axes(axis, batches.ndim)
+        total = batches.size
+        batches = _slabs(batches, reduced[0]) if reduced else iter([batches])
+    elif not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an array or an iterable of arrays, got {type(batches).__name__}")
+    whole: Moments | None = None
+    done = 0
+    for number, batch in enumerate(batches):
+        array = _layout.host_array(f"batches[{number}]", batch)
+        found = moments(array, axis, keepdims=keepdims, backend=backend)
+        if whole is not None and found.mean.shape != whole.mean.shape:
+            raise ValueError(
+                f"batches[{number}]: expected statistics of shape {whole.mean.shape}, as of those before, "
+                f"got {found.mean.shape} from shape {array.shape}"
+            )
+        whole = found if whole is None else whole.merge(found)
+        done += array.size
+        if progress is not None:
+            progress(done, total)
+    if whole is None:
+        raise ValueError("batches: expected at least one array, got none")
+    return whole
+
+
+def _slabs(array: Array, axis: int) -> Iterator[Array]:
+    """Views along an axis of at most STREAMED elements, at least one of them, that make up the array."""
+    length = array.shape[axis]
+    step = max(1, STREAMED * length // max(1, array.size))
+    for start in range(0, max(1, length), step):
+        yield array[(slice(None),) * axis + (slice(start, start + step),)]
 
 
 def normalize(

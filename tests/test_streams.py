@@ -1,0 +1,197 @@
+"""Moments with weights, moments of streams, and memory-mapped arrays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import ARRANGEMENTS, check_moments
+
+import fastnorm
+from fastnorm import Moments
+from fastnorm.bench.cases import DTYPES, dtype_of
+
+ROOT = Path(__file__).parent.parent
+AXES = [None, 0, 1, -1, (0, 1), (0, 2), (1, 2), (0, 1, 2), ()]
+
+
+def _weighted(x, weights, axes):
+    """sum(w), sum(w*x)/sum(w) and sum(w*(x - mean)^2)/sum(w) in the widest dtype."""
+    x, weights = np.asarray(x).astype(np.longdouble), np.broadcast_to(weights, x.shape).astype(np.longdouble)
+    count = weights.sum(axis=axes, keepdims=True)
+    mean = (weights * x).sum(axis=axes, keepdims=True) / count
+    return count, mean, (weights * (x - mean) ** 2).sum(axis=axes, keepdims=True) / count
+
+
+@pytest.mark.parametrize("axis", AXES, ids=str)
+@pytest.mark.parametrize("shape", [(), (6,), (5, 1), (1, 6), (4, 5, 6), (4, 1, 1)], ids=str)
+def test_weights_that_broadcast(shape, axis, rng):
+    x, weights = rng.standard_normal((4, 5, 6)), rng.random(shape) + 0.1
+    axes = tuple(range(3)) if axis is None else axis
+    for keepdims in (False, True):
+        found = fastnorm.moments(x, axis, weights=weights, keepdims=keepdims)
+        for got, expected in zip(found, _weighted(x, weights, axes), strict=True):
+            assert got.dtype == np.float64
+            assert got.shape == x.sum(axis=axes, keepdims=keepdims).shape
+            np.testing.assert_allclose(got, expected.reshape(got.shape).astype(float), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_one_are_no_weights(dtype, arrangement, rng):
+    x = ARRANGEMENTS[arrangement]((3 + 2 * rng.standard_normal((4, 5, 6))).astype(dtype_of(dtype)))
+    found, plain = (fastnorm.moments(x, (0, 2), weights=weights) for weights in (np.ones(6, np.int64), None))
+    np.testing.assert_array_equal(found.count, plain.count)
+    np.testing.assert_allclose(found.mean, plain.mean, rtol=1e-6)
+    np.testing.assert_allclose(found.var, plain.var, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_weighted_values_far_from_zero(axis, rng):
+    """A mean of 1e6 spreads, over several blocks."""
+    x, weights = 1e6 + rng.standard_normal((700, 300)), rng.random((700, 1)) + 0.1
+    found = fastnorm.moments(x, axis, weights=weights)
+    _, mean, var = _weighted(x, weights, axis)
+    np.testing.assert_allclose(found.mean, mean.reshape(found.mean.shape).astype(float), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found.var, var.reshape(found.var.shape).astype(float), rtol=1e-9)
+
+
+def test_weighted_constants_are_exact(rng):
+    found = fastnorm.moments(np.full((999, 3), 0.1), 0, weights=rng.random((999, 1)))
+    np.testing.assert_array_equal(found.mean, np.full(3, 0.1))
+    np.testing.assert_array_equal(found.var, np.zeros(3))
+
+
+def test_weight_zero_leaves_out(rng):
+    x, mask = rng.standard_normal((50, 3)), rng.random((50, 3)) < 0.7
+    mask[:, 2] = False
+    found = fastnorm.moments(np.where(mask, x, np.nan), 0, weights=mask)
+    for channel in range(2):
+        kept = x[mask[:, channel], channel]
+        assert found.count[channel] == kept.size
+        np.testing.assert_allclose((found.mean[channel], found.var[channel]), (kept.mean(), kept.var()), rtol=1e-12)
+    assert (found.count[2], found.mean[2], found.var[2]) == (0, 0, 0)
+
+
+def test_weighted_nan_stays_in_its_channel(rng):
+    x = rng.standard_normal((50, 3))
+    x[7, 1] = np.nan
+    found = fastnorm.moments(x, 0, weights=np.ones(3))
+    np.testing.assert_array_equal(np.isnan(found.mean), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(found.var), [False, True, False])
+
+
+def test_weighted_moments_merge(rng):
+    x, weights = 1e4 + rng.standard_normal((60, 4)), rng.random((60, 4))
+    weights[:20, 1], weights[20:, 2], weights[:, 3] = 0, 0, 0
+    whole = fastnorm.moments(x, 0, weights=weights)
+    merged = fastnorm.moments(x[:20], 0, weights=weights[:20]).update(x[20:], 0, weights=weights[20:])
+    for got, expected in zip(merged, whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "named"),
+    [
+        (np.ones(4), ValueError, r"weights.*\(5, 3\).*\(4,\)"),
+        (np.ones((1, 5, 3)), ValueError, "weights"),
+        (-np.ones(3), ValueError, "weights.*at least 0"),
+        (np.array([1, np.nan, 1]), ValueError, "weights.*finite"),
+        (np.array([1, np.inf, 1]), ValueError, "weights.*finite"),
+        (np.ones(3, complex), TypeError, "weights"),
+        ("ones", TypeError, "weights"),
+    ],
+)
+def test_bad_weights(weights, error, named):
+    with pytest.raises(error, match=named):
+        fastnorm.moments(np.ones((5, 3)), 0, weights=weights)
+
+
+def test_empty_with_weights():
+    found = fastnorm.moments(np.zeros((0, 3)), 0, weights=np.ones(3))
+    for values in found:
+        np.testing.assert_array_equal(values, np.zeros(3))
+
+
+# ---- streams ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[40], [1, 39], [7, 0, 20, 13], [1] * 40], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_stream_of_batches(dtype, sizes, backend, rng):
+    x = (3 + np.arange(40)[:, None, None] + rng.standard_normal((40, 5, 3))).astype(dtype)
+    batches = np.split(x, np.cumsum(sizes)[:-1])
+    seen = []
+    found = fastnorm.stream_moments(
+        iter(batches), (0, 2), progress=lambda done, total: seen.append((done, total)), backend=backend
+    )
+    check_moments(found, x, (0, 2))
+    assert seen == [(int(done) * 15, None) for done in np.cumsum(sizes)]
+    again = fastnorm.stream_moments(batches, (0, 2), backend=backend)
+    np.testing.assert_array_equal(again.var, found.var)
+    updated = Moments(0, np.zeros(5), np.zeros(5))
+    for batch in batches:
+        updated = updated.update(batch, (0, 2), backend=backend)
+    np.testing.assert_array_equal(updated.mean, found.mean)
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 2), None, ()], ids=str)
+def test_one_array_is_read_in_slabs(axis, rng, monkeypatch):
+    monkeypatch.setattr("fastnorm.ops.statistics.STREAMED", 100)
+    x, seen = 1e6 + rng.standard_normal((30, 7, 4)), []
+    found = fastnorm.stream_moments(x, axis, progress=lambda done, total: seen.append((done, total)))
+    check_moments(found, x, tuple(range(3)) if axis is None else tuple(np.atleast_1d(axis).astype(int)))
+    assert seen[-1] == (x.size, x.size)
+    assert len(seen) > 5 or axis == ()
+
+
+def test_bad_streams():
+    for batches, error, named in (
+        ([], ValueError, "batches.*none"),
+        (3, TypeError, "batches"),
+        ([np.ones((2, 3)), np.ones((2, 4))], ValueError, r"batches\[1\].*\(3,\).*\(4,\)"),
+        ([np.ones((2, 3)), None], TypeError, r"batches\[1\]"),
+    ):
+        with pytest.raises(error, match=named):
+            fastnorm.stream_moments(batches)
+
+
+def _mapped(path, shape, values=None):
+    array = np.memmap(path, np.float32, "w+", shape=shape)
+    if values is not None:
+        array[:] = values
+    return array
+
+
+def test_memory_mapped_in_and_out(tmp_path, backend, rng):
+    """The running statistics of a file, applied into another: the same as in memory, and no copy of their size."""
+    shape = (4000, 256)
+    x = _mapped(tmp_path / "x", shape, 3 + 2 * rng.standard_normal(shape))
+    out, dx = _mapped(tmp_path / "out", shape), _mapped(tmp_path / "dx", shape)
+    found = fastnorm.stream_moments(x, backend=backend)
+    param = {"mode": "test", "running_mean": found.mean, "running_var": found.var}
+    expected, _ = fastnorm.batchnorm_forward(np.array(x), None, None, param, backend=backend)
+    _, cache = fastnorm.batchnorm_forward(x[:8], None, None, param, out=out[:8], backend=backend)
+    fastnorm.batchnorm_backward(out[:8], cache, out=dx[:8], backend=backend)  # now all is compiled that must be
+    tracemalloc.start()
+    fastnorm.stream_moments(x, backend=backend)
+    _, cache = fastnorm.batchnorm_forward(x, None, None, param, out=out, backend=backend)
+    fastnorm.batchnorm_backward(out, cache, out=dx, backend=backend)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (2 if backend == "numpy" else 0.5) * x.nbytes  # the reference works on blocks of several megabytes
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "out", np.float32).reshape(shape), expected)
+    assert abs(float(out.std()) - 1) < 1e-3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the example limits its memory as Linux does")
+def test_the_example_stays_within_its_memory():
+    command = [sys.executable, str(ROOT / "examples/larger_than_memory.py"), "--megabytes", "96", "--memory", "48"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "mean 0.000, spread 1.000" in result.stdout
+    assert "does not fit" in result.stdout
