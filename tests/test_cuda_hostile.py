@@ -47,12 +47,12 @@ def test_in_the_simulator():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Plans of blocks that a simulator can run: 64 threads at most, so that rows of 600 elements are long ones."""
+    """Plans of blocks that a simulator can run: 32 threads, 64 for a row."""
     if not SIMULATED:
         yield
         return
     for module, name, value in (
-        (_plan, "BLOCK", 64), (_plan, "FORWARD_BLOCK", 64), (_plan, "BACKWARD_BLOCK", 64),
+        (_plan, "BLOCK", 32), (_plan, "FORWARD_BLOCK", 64), (_plan, "BACKWARD_BLOCK", 64),
         (_plan, "MOST_THREADS", 64), (_plan, "FORWARD_ELEMENTS", 8), (_plan, "BACKWARD_ELEMENTS", 4),
         (_plan, "CHUNK", 256), (_rows, "SLICES", 2),
     ):  # fmt: skip
