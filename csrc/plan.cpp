@@ -121,7 +121,9 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   return plan;
 }
 
-std::size_t bundle_of(std::size_t samples) { return ceil_div(samples, kMaxGroups); }
+std::size_t bundle_of(std::size_t samples, std::size_t elements) {
+  return std::min(samples, std::max(ceil_div(samples, kMaxGroups), ceil_div(kBundle, elements)));
+}
 
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
   const std::size_t span = shape.span(), workers = static_cast<std::size_t>(threads);
@@ -136,11 +138,15 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   // As for single channels: slabs in half of a core's L2, if rows of a slab are long enough.
   const Cut cut = cut_channels(shape.sample());
   const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;
+  if (in_l2 >= shape.channels) {
+    const std::size_t bundle = bundle_of(shape.samples, elements);
+    if (shape.outer == 1) plan.slab *= std::min(bundle, in_l2 / shape.channels);
+    return plan;
+  }
   const std::size_t narrowest =
       cut.side_by_side && shape.outer > 1 ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
-  if (in_l2 >= shape.channels || (cut.fold == 1 && in_l2 >= narrowest)) {
-    const std::size_t fair = std::max<std::size_t>(1, shape.samples * shape.groups / (4 * workers)) * span;
-    plan.slab = std::min({in_l2, shape.channels, std::max(fair, narrowest / span * span)});
+  if (cut.fold == 1 && in_l2 >= narrowest) {
+    plan.slab = ceil_div(shape.groups, ceil_div(shape.channels, in_l2)) * span;
     return plan;
   }
   const std::size_t share = caches().l3 / 2 / workers;

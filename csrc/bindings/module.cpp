@@ -211,8 +211,8 @@ void register_plan(py::module_& m) {
                           size_t arrays, int threads) {
     const GroupShape shape{samples, outer, channels, inner, groups};
     const fastnorm::ChannelPlan plan = fastnorm::plan_groups(shape, itemsize, arrays, threads);
-    const size_t to_next_sample = samples > 1 ? outer * channels * inner : fastnorm::kReadAhead;
-    const size_t ahead = plan.slab < channels ? plan.slab * inner : to_next_sample;
+    const size_t to_next = plan.slab * (plan.slab < channels ? 1 : outer) * inner;
+    const size_t ahead = plan.slab < samples * channels ? to_next : fastnorm::kReadAhead;
     return described(plan, shape.sample(), ahead, itemsize, arrays);
   });
   m.def("plan_rows", [](size_t rows, size_t cols, size_t itemsize, size_t arrays, int threads) {

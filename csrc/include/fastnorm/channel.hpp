@@ -83,8 +83,8 @@ struct ChannelCall {
   size_t channels() const { return geometry.shape.channels; }
   size_t groups() const { return geometry.cut.groups; }
 
-  // The same call on one sample; sums go to row `bundle` of theirs.
-  ChannelCall of_sample(size_t sample, size_t bundle) const {
+  // The same call from this sample on; sums go to row `bundle` of theirs.
+  ChannelCall from_sample(size_t sample, size_t bundle) const {
     ChannelCall one = *this;
     const size_t elements = sample * size(), statistics = sample * (channels() / span);
     if (dy != nullptr) one.dy += elements;
@@ -107,7 +107,7 @@ struct ChannelCall {
     return {shape, cut_channels(shape)};
   }
 
-  // Partial results of all groups, two doubles a channel, and a mean and variance a channel, then four coefficients a
+  // Partial results of all groups, two doubles a channel, and a mean and rstd a channel, then four coefficients a
   // channel, then what the geometry needs for itself: per worker.
   size_t partial_doubles() const {
     const size_t most = joins() ? std::max(groups(), joined().cut.groups) : groups();
@@ -116,10 +116,11 @@ struct ChannelCall {
   // Coefficients of a slab: four arrays of a value for each channel, spread as the geometry reads them.
   size_t coefficients() const { return 4 * geometry.spread_length(plan.slab); }
 
+  // Channels [c0, c1) of a sample; where `outer` is 1 also of those that follow, whose channels come next in memory.
   struct Slab {
     size_t c0, c1;
     double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
-    double *mean, *var;      // by channel
+    double *mean, *rstd;     // by channel
     Coefficients<A> k;
     size_t ahead;  // elements to the next slab of the same worker
     size_t width() const { return c1 - c0; }
@@ -138,14 +139,14 @@ struct ChannelCall {
   }
 
   size_t first_channel(size_t slab) const { return slab == 0 ? 0 : first_slab() + (slab - 1) * plan.slab; }
-  size_t start_of(size_t slab) const { return first_channel(slab) * geometry.shape.inner; }
 
-  Slab slab_at(size_t index, size_t ahead, double* partials, A* coefficients) const {
+  Slab slab_at(size_t index, size_t samples_left, size_t ahead, double* partials, A* coefficients) const {
     Slab s{};
     s.c0 = first_channel(index);
-    s.c1 = std::min(channels(), first_slab() + index * plan.slab);
-    s.mean = span == 1 ? mean + s.c0 : partials;
-    s.var = span == 1 ? var + s.c0 : partials + plan.slab;
+    const size_t end = plan.slab > channels() ? samples_left * channels() : channels();
+    s.c1 = std::min(end, first_slab() + index * plan.slab);
+    s.rstd = partials;
+    s.mean = span == 1 ? mean + s.c0 : partials + plan.slab;
     s.first = partials + 2 * plan.slab;
     s.second = partials + partial_doubles() / 2 + plan.slab;
     const size_t room = geometry.spread_length(plan.slab);
@@ -164,11 +165,7 @@ struct ChannelCall {
       return;
     }
     const double n = channel_moments(geometry, s.c0, s.c1, s, loop, workspace);
-    for (size_t i = 0; i < count; ++i) {
-      Moments merged{n, s.first[i * span], s.second[i * span]};
-      for (size_t c = i * span + 1; c < (i + 1) * span; ++c) merged = merge(merged, {n, s.first[c], s.second[c]});
-      keep(first + i, merged);
-    }
+    for (size_t i = 0; i < count; ++i) keep(first + i, merge_equal(n, s.first + i * span, s.second + i * span, span));
   }
 
   void keep(size_t statistic, const Moments& m) const {
@@ -197,69 +194,69 @@ struct ChannelCall {
     return n;
   }
 
-  // Statistics to one a channel, where several channels share one.
+  // The mean and rstd of each channel, for all passes but `moments`.
   void expand(const Slab& s) const {
+    const size_t first = s.c0 / span, count = s.width() / span;
+    rstds(s.rstd, var + first, count, eps);
     if (span == 1) return;
-    for (size_t i = 0; i < s.width() / span; ++i) {
-      std::fill_n(s.mean + i * span, span, mean[s.c0 / span + i]);
-      std::fill_n(s.var + i * span, span, var[s.c0 / span + i]);
+    for (size_t i = count; i-- > 0;) {
+      std::fill_n(s.rstd + i * span, span, s.rstd[i]);
+      std::fill_n(s.mean + i * span, span, mean[first + i]);
     }
   }
+
+  // f(at, n): channels [at, at + n) of the slab are channels of one sample, from c0 on.
+  template <class F>
+  void by_sample(const Slab& s, F f) const {
+    for (size_t at = 0; at < s.width(); at += channels()) f(at, std::min(channels(), s.width() - at));
+  }
+  const A* from(const A* parameter, const Slab& s) const { return parameter ? parameter + s.c0 : nullptr; }
 
   // Last group first: what the pass before has just read is still in cache.
   template <class Loop>
   void apply(const Slab& s, Loop loop) const {
-    expand(s);
-    forward_coefficients(s.k, s.width(), s.mean, s.var, eps, gamma ? gamma + s.c0 : nullptr,
-                         beta ? beta + s.c0 : nullptr);
+    by_sample(s, [&](size_t at, size_t n) {
+      forward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, s), from(beta, s));
+    });
     for (A* values : {s.k.centre, s.k.scale, s.k.shift}) geometry.spread(values, s.width());
     loop(groups(),
          [&](size_t i, int) { geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead); });
   }
 
-  // sum(dy) and sum(dy*xhat) of each channel into the slab's first row.
+  // sum(dy) and sum(dy*xhat) of each channel into the slab's first row, and added to the sums over samples.
   template <class Loop>
   void reduce(const Slab& s, Loop loop, A* workspace) const {
     const size_t width = s.width();
-    expand(s);
     for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
     geometry.spread(s.k.centre, width);
     loop(groups(), [&](size_t g, int worker) {
       geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
                       workspace + static_cast<size_t>(worker) * Geometry::kWorkspace);
     });
-    for (size_t c = 0; c < width; ++c) {
-      double grads = 0, products = 0;
-      for (size_t g = 0; g < groups(); ++g) {
-        grads += s.first[g * width + c];
-        products += s.second[g * width + c];
-      }
-      const double m = s.mean[c], rest = m - static_cast<double>(static_cast<A>(m));
-      s.first[c] = grads;
-      s.second[c] = rstd_of(s.var[c], eps) * (products - rest * grads);
+    for (size_t g = 1; g < groups(); ++g) {
+      add(s.first, s.first + g * width, width);
+      add(s.second, s.second + g * width, width);
     }
-  }
-
-  // Adds the slab's first row to the sums over samples.
-  void add_sums(const Slab& s) const {
-    for (size_t c = 0; c < s.width(); ++c) {
-      sum_dy[s.c0 + c] += s.first[c];
-      sum_dy_xhat[s.c0 + c] += s.second[c];
-    }
+    products_with_xhat<A>(s.second, s.first, s.mean, s.rstd, width);
+    by_sample(s, [&](size_t at, size_t n) {
+      add(sum_dy + s.c0, s.first + at, n);
+      add(sum_dy_xhat + s.c0, s.second + at, n);
+    });
   }
 
   template <class Loop>
   void backward_apply(const Slab& s, Loop loop) const {
-    backward_coefficients(s.k, s.width(), s.mean, s.var, eps, gamma ? gamma + s.c0 : nullptr, sum_dy + s.c0,
-                          sum_dy_xhat + s.c0, divisor);
+    backward_coefficients(s.k, s.width(), s.mean, s.rstd, from(gamma, s), sum_dy + s.c0, sum_dy_xhat + s.c0, divisor);
     write_dx<ScaledDescent>(s, loop);
   }
 
   // As `backward_apply`, from the slab's first row, where channels share statistics and gradients add up over them.
   template <class Loop>
   void shared_backward_apply(const Slab& s, Loop loop) const {
-    shared_coefficients(s.k, s.width(), span, s.mean, s.var, eps, gamma ? gamma + s.c0 : nullptr, s.first, s.second,
-                        divisor);
+    by_sample(s, [&](size_t at, size_t n) {
+      shared_coefficients(s.k.from(at), n, span, s.mean + at, s.rstd + at, from(gamma, s), s.first + at, s.second + at,
+                          divisor);
+    });
     write_dx<SharedDescent>(s, loop);
   }
 
@@ -271,34 +268,44 @@ struct ChannelCall {
     });
   }
 
-  // passes(call, slab, loop, workspace) runs the passes of this call on one slab of one sample. A task takes some slabs
-  // of a bundle of samples, in the order of memory.
+  // passes(call, slab, loop, workspace) runs the passes of this call on one slab. A task takes some slabs of a bundle
+  // of samples, in the order of memory.
   template <class Passes>
   void run(Passes passes) const {
-    const size_t slabs = this->slabs(), bundle = bundle_of(samples), bundles = (samples + bundle - 1) / bundle;
+    const size_t slabs = this->slabs(), bundle = bundle_of(samples, size()), bundles = (samples + bundle - 1) / bundle;
     const size_t workers = static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
     Workspace<double> partials(sets * partial_doubles());
     Workspace<A> rest(sets * coefficients() + workers * Geometry::kWorkspace);
     A* workspace = rest.data() + sets * coefficients();
     const size_t per_task = plan.team ? slabs : std::clamp<size_t>(bundles * slabs / (4 * workers), 1, 16);
-    const size_t tasks_a_bundle = (slabs + per_task - 1) / per_task;
+    const size_t tasks_a_bundle = (slabs + per_task - 1) / per_task, tasks = bundles * tasks_a_bundle;
+    const size_t at_once = std::max<size_t>(1, plan.slab / channels());
+    // Where a slab, and a task, starts in memory.
+    const auto slab_start = [&](size_t sample, size_t slab) {
+      return sample * size() + first_channel(slab) * geometry.shape.inner;
+    };
+    const auto task_start = [&](size_t task) {
+      return slab_start(task / tasks_a_bundle * bundle, task % tasks_a_bundle * per_task);
+    };
     const auto some = [&](size_t task, int worker, auto loop) {
       const size_t b = task / tasks_a_bundle, first = task % tasks_a_bundle * per_task;
       const size_t w = static_cast<size_t>(worker), end = std::min(slabs, first + per_task),
-                   last = std::min(samples, (b + 1) * bundle);
+                   last = std::min(samples, (b + 1) * bundle), next_task = task + sets;
       double* partial = partials.data() + w * partial_doubles();
       A* lines = rest.data() + w * coefficients();
-      for (size_t n = b * bundle; n < last; ++n)
+      for (size_t n = b * bundle; n < last; n += at_once) {
+        const ChannelCall call = from_sample(n, b);
         for (size_t i = first; i < end; ++i) {
-          const bool final = i + 1 == end;
-          const size_t to_next_sample = size() - start_of(i) + start_of(first);
-          const size_t ahead = !final ? start_of(i + 1) - start_of(i) : n + 1 < last ? to_next_sample : kReadAhead;
-          const ChannelCall one = of_sample(n, b);
-          passes(one, one.slab_at(i, ahead, partial, lines), loop, workspace);
+          const size_t here = slab_start(n, i);
+          const size_t next = i + 1 < end          ? slab_start(n, i + 1)
+                              : n + at_once < last ? slab_start(n + at_once, first)
+                              : next_task < tasks  ? task_start(next_task)
+                                                   : here + kReadAhead;
+          passes(call, call.slab_at(i, last - n, next - here, partial, lines), loop, workspace);
         }
+      }
     };
-    const size_t tasks = bundles * tasks_a_bundle;
     const auto alone = [&](size_t task, int worker) { some(task, worker, SerialLoop{worker}); };
     if (plan.team)
       for (size_t task = 0; task < tasks; ++task) some(task, 0, ParallelLoop{});
@@ -360,13 +367,17 @@ struct Channel {
   static void apply(const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                     const void* gamma, const void* beta, T* y) {
     call(shape, 1, nullptr, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, beta, nullptr, nullptr,
-         0, y, [](const auto& c, const auto& s, auto loop, A*) { c.apply(s, loop); });
+         0, y, [](const auto& c, const auto& s, auto loop, A*) {
+           c.expand(s);
+           c.apply(s, loop);
+         });
   }
   static void forward(const T* x, ChannelShape shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, 0, y,
          [](const auto& c, const auto& s, auto loop, A* w) {
            c.moments(s, loop, w);
+           c.expand(s);
            c.apply(s, loop);
          });
   }
@@ -375,8 +386,8 @@ struct Channel {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
          sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.expand(s);
            c.reduce(s, loop, w);
-           c.add_sums(s);
          });
   }
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
@@ -384,15 +395,18 @@ struct Channel {
                              double count, T* dx) {
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr,
          const_cast<double*>(sum_dy), const_cast<double*>(sum_dy_xhat), count, dx,
-         [](const auto& c, const auto& s, auto loop, A*) { c.backward_apply(s, loop); });
+         [](const auto& c, const auto& s, auto loop, A*) {
+           c.expand(s);
+           c.backward_apply(s, loop);
+         });
   }
   static void backward(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                        const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
          static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.expand(s);
            c.reduce(s, loop, w);
-           c.add_sums(s);
            c.backward_apply(s, loop);
          });
   }

@@ -44,13 +44,15 @@ struct Group {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, y,
          [](const auto& c, const auto& s, auto loop, A* w) {
            c.moments(s, loop, w);
+           c.expand(s);
            c.apply(s, loop);
          });
   }
 
   static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
                        double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
-    const size_t bundle = bundle_of(shape.samples), bundles = (shape.samples + bundle - 1) / bundle;
+    const size_t bundle = bundle_of(shape.samples, shape.outer * shape.channels * shape.inner),
+                 bundles = (shape.samples + bundle - 1) / bundle;
     const size_t channels = shape.channels;
     // Sums of each bundle of samples.
     const Workspace<double> partial(2 * bundles * channels);
@@ -58,16 +60,15 @@ struct Group {
     std::fill_n(by_bundle, 2 * bundles * channels, 0.0);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, by_bundle,
          by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.expand(s);
            c.reduce(s, loop, w);
-           c.add_sums(s);
            c.shared_backward_apply(s, loop);
          });
     clear(sum_dy, sum_dy_xhat, channels);
-    for (size_t b = 0; b < bundles; ++b)
-      for (size_t c = 0; c < channels; ++c) {
-        sum_dy[c] += by_bundle[b * channels + c];
-        sum_dy_xhat[c] += by_bundle_xhat[b * channels + c];
-      }
+    for (size_t b = 0; b < bundles; ++b) {
+      add(sum_dy, by_bundle + b * channels, channels);
+      add(sum_dy_xhat, by_bundle_xhat + b * channels, channels);
+    }
   }
 };
 

@@ -42,6 +42,8 @@ constexpr std::size_t kChunkRows = 64;
 constexpr std::size_t kFoldedRow = 512;
 // Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves.
 constexpr std::size_t kNarrowestSlab = 1024;
+// Samples are taken in bundles of this many elements at least.
+constexpr std::size_t kBundle = 1 << 14;
 // A channel's elements are cut into at most this many groups: the units of parallel work.
 constexpr std::size_t kMaxGroups = 64;
 
@@ -70,11 +72,12 @@ struct ChannelPlan {
 // `arrays` is the number of arrays read: 1 forward, 2 backward.
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
-// The same for samples of channels that share statistics; `slab` channels of one sample.
+// The same for samples of channels that share statistics: `slab` channels of one sample, or all of several that lie one
+// after the other.
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
-// Samples whose sums over channels are added up by one thread, in order.
-std::size_t bundle_of(std::size_t samples);
+// Samples, of so many elements, that one task takes one after the other and whose sums are added up in that order.
+std::size_t bundle_of(std::size_t samples, std::size_t elements);
 
 struct RowPlan {
   bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
