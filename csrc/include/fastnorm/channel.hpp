@@ -165,6 +165,11 @@ struct ChannelCall {
       return;
     }
     const double n = channel_moments(geometry, s.c0, s.c1, s, loop, workspace);
+    if (span == 1) {  // a loop of its own, since it vectorizes
+      std::copy_n(s.first, count, mean + first);
+      for (size_t i = 0; i < count; ++i) var[first + i] = s.second[i] / n;
+      return;
+    }
     for (size_t i = 0; i < count; ++i) keep(first + i, merge_equal(n, s.first + i * span, s.second + i * span, span));
   }
 
