@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require", default="", metavar="BACKENDS", help="fail where one of these backends (a,b) is not available"
     )
+    parser.addoption(
+        "--best-isa", action="store_true", help="test the C++ backend on the best instruction set of this machine alone"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return order.setdefault((str(item.path), getattr(item, "originalname", item.name), *values), len(order))
 
     items.sort(key=position)
+    if config.getoption("--best-isa"):
+        others = {f"cpp/{isa}" for isa in ISAS[:-1]}
+        backends = [item.callspec.params.get("backend") if hasattr(item, "callspec") else None for item in items]
+        dropped = [item for item, backend in zip(items, backends, strict=True) if backend in others]
+        items[:] = [item for item, backend in zip(items, backends, strict=True) if backend not in others]
+        config.hook.pytest_deselected(items=dropped)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
