@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastnorm -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: run test test-gpu lint bench bench-gpu examples develop sanitize clean
+.PHONY: run test test-cuda test-gpu lint bench bench-gpu examples develop sanitize clean
 
 # The main job: large arrays, every version and backend, checked and timed; writes table, JSON and plot.
 run: $(VENV)/.installed
@@ -16,6 +16,10 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# The CUDA kernels without a GPU: in Numba's simulator, and compiled.
+test-cuda: $(VENV)/.cuda
+	$(BIN)/pytest tests/test_cuda_*.py
 
 # On a machine with a GPU: the whole suite, real device arrays included, then compute-sanitizer.
 test-gpu: $(VENV)/.gpu
@@ -59,6 +63,12 @@ $(VENV)/.environment:
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 	$(BIN)/pip install -q '.[bench,examples,test]'
+	touch $@
+
+# The packages of the extra 'cuda', 420 MB.
+CUDA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cuda"])
+$(VENV)/.cuda: $(VENV)/.installed
+	$(BIN)/pip install -q $$($(BIN)/python -c '$(CUDA)')
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.installed
