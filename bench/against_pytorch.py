@@ -1,0 +1,163 @@
+"""PyTorch's time over ours for every op but BatchNorm and LayerNorm, from 4x8 to 16 MB, and what is slower.
+
+python bench/against_pytorch.py [--op NAME,...] [--dtype NAME,...] [--only REGEX]
+
+The public functions with the C++ backend on as many threads as PyTorch, both into new arrays, in bursts of one after
+the other so that data stay in the cache. The peers are those of `python -m fastnorm bench` (fastnorm/bench/peers.py):
+GroupNorm's backward is the operator that autograd calls, without the graph; `moments` meets `torch.var_mean`, and
+`normalize` BatchNorm in test mode. A line has microseconds of ours and of theirs and the ratio, by minima and by
+medians; those below 1 by minima stand together at the end, and make the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastnorm
+from fastnorm.bench import dropout, measure
+from fastnorm.bench.cases import DIRECTIONS, DTYPES, OPS, Case, Shape, dtype_of
+from fastnorm.bench.variants import Variant
+
+OURS, THEIRS = Variant("fused", "cpp"), Variant("torch")
+LARGEST = 16 << 20
+"""Bytes of x. Beyond the cache is `python -m fastnorm bench --targets`."""
+
+IMAGES: tuple[Shape, ...] = (
+    (4, 8, 1, 1), (4, 8, 2, 2), (2, 32, 4, 4), (64, 8, 4, 4), (4, 64, 8, 8), (8, 64, 7, 7), (1000, 32, 2, 2),
+    (2, 256, 14, 14), (1, 64, 56, 56), (32, 512, 4, 4), (2, 320, 32, 32), (16, 512, 7, 7), (4, 64, 56, 56),
+    (1, 1280, 32, 32), (16, 512, 14, 14), (8, 64, 56, 56), (1, 320, 64, 64), (32, 1280, 8, 8), (1, 32, 256, 256),
+    (1, 64, 256, 256), (8, 32, 112, 112), (4, 256, 56, 56), (16, 1024, 14, 14),
+)  # fmt: skip
+SEQUENCES: tuple[Shape, ...] = ((4, 64, 50), (16, 256, 100), (2, 512, 2000))
+BATCHES: tuple[Shape, ...] = ((4, 8), (64, 256), (256, 512), (4096, 512))
+ROWS: tuple[Shape, ...] = (
+    (4, 8), (1, 4096), (100, 50), (64, 256), (32, 1024), (2048, 64), (256, 1024), (16, 16384), (1024, 1024),
+    (65536, 64), (4096, 768), (1000, 4096),
+)  # fmt: skip
+GROUPED = {"NCHW": IMAGES, "NHWC": IMAGES, "NCL": SEQUENCES, "ND": BATCHES}
+SHAPES = {
+    "groupnorm": GROUPED,
+    "instancenorm": {"NCHW": IMAGES, "NHWC": IMAGES, "NCL": SEQUENCES},
+    "rmsnorm": {"ND": ROWS},
+}
+STATISTICS = ("moments", "normalize")
+NAMES = (*SHAPES, dropout.NAME, *STATISTICS)
+
+Call = Callable[[], Any]
+
+
+class Contest(NamedTuple):
+    name: str
+    bind: Callable[[], tuple[Call, Call]]
+    """Makes the inputs, and the calls of ours and of PyTorch."""
+
+
+def contests(ops: list[str], dtypes: list[str]) -> Iterator[Contest]:
+    for op in ops:
+        for dtype in dtypes:
+            if op in SHAPES:
+                yield from _normalizations(op, dtype)
+            elif op in STATISTICS:
+                yield from _statistics(op, dtype)
+            else:
+                yield from _dropout(dtype)
+
+
+def _normalizations(op: str, dtype: str) -> Iterator[Contest]:
+    for layout, shapes in SHAPES[op].items():
+        for shape in shapes:
+            case = Case(OPS[op], OPS[op].layout(layout), shape, dtype)
+            if case.nbytes > LARGEST or not THEIRS.computes(case, "forward"):
+                continue
+            for direction in DIRECTIONS:
+
+                def bind(case: Case = case, direction: Any = direction) -> tuple[Call, Call]:
+                    inputs = case.inputs()
+                    return OURS.bind(case, inputs, direction).run, THEIRS.bind(case, inputs, direction).run
+
+                yield Contest(f"{case} {direction}", bind)
+
+
+def _dropout(dtype: str) -> Iterator[Contest]:
+    if not dropout.computes(THEIRS, dtype):
+        return
+    for shape in (*ROWS, (4096, 1024)):
+        rows, columns = shape
+        for direction in DIRECTIONS:
+
+            def bind(rows: int = rows, columns: int = columns, direction: Any = direction) -> tuple[Call, Call]:
+                x = dropout.values((rows, columns), dtype)
+                return dropout.bind(OURS, x, direction), dropout.bind(THEIRS, x, direction)
+
+            yield Contest(f"dropout {rows}x{columns} {dtype} {direction}", bind)
+
+
+def _statistics(op: str, dtype: str) -> Iterator[Contest]:
+    """Over rows, columns, everything, and the channels of images of both layouts."""
+    if dtype == "bfloat16":  # PyTorch's tensors do not share it with NumPy's arrays without a detour
+        return
+    kinds: list[tuple[str, tuple[Shape, ...], tuple[int, ...]]] = [("columns", ROWS, (0,))]
+    if op == "moments":
+        kinds += [("rows", ROWS, (1,)), ("all", ROWS, (0, 1))]
+    kinds += [("NCHW", IMAGES, (0, 2, 3)), ("NHWC", IMAGES, (0, 2, 3))]
+    for kind, shapes, axes in kinds:
+        for shape in shapes:
+            if np.prod(shape) * dtype_of(dtype).itemsize > LARGEST or shape[0] == 1:
+                continue
+
+            def bind(kind: str = kind, shape: Shape = shape, axes: tuple[int, ...] = axes) -> tuple[Call, Call]:
+                torch: Any = importlib.import_module("torch")
+                torch.set_num_threads(fastnorm.get_num_threads())
+                layout = OPS["batchnorm"].layout(kind if kind.startswith("N") else "ND")
+                x = Case(OPS["batchnorm"], layout, shape, dtype).inputs().x
+                tensor = torch.from_numpy(x)
+                if op == "moments":
+                    return (
+                        lambda: fastnorm.moments(x, axes, backend="cpp"),
+                        lambda: torch.var_mean(tensor, axes, correction=0),
+                    )
+                _, mean, var = fastnorm.moments(x, axes, keepdims=True, backend="cpp")
+                statistics = [torch.from_numpy(each.reshape(-1).astype(np.float32)) for each in (mean, var)]
+                return (
+                    lambda: fastnorm.normalize(x, mean, var, backend="cpp"),
+                    lambda: torch.nn.functional.batch_norm(tensor, *statistics),
+                )
+
+            yield Contest(f"{op} {kind} {'x'.join(map(str, shape))} {dtype}", bind)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--op", default=",".join(NAMES), help=f"of {', '.join(NAMES)} (default all)")
+    parser.add_argument("--dtype", default="float32,bfloat16,float16", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--only", default="", metavar="REGEX", help="contests in whose name it is found")
+    options = parser.parse_args()
+    slower = []
+    for contest in contests(options.op.split(","), options.dtype.split(",")):
+        if not re.search(options.only, contest.name):
+            continue
+        ours, theirs = contest.bind()
+        found = measure.bursts({"ours": ours, "theirs": theirs})
+        best, median = (
+            getattr(found["theirs"], which) / getattr(found["ours"], which) for which in ("best", "median")
+        )
+        times = "".join(f"{found[who].best * 1e6:10.1f}" for who in ("ours", "theirs"))
+        line = f"{contest.name:58}{times}{best:8.2f}{median:8.2f}"
+        print(line, flush=True)
+        if best < 1:
+            slower.append((best, line))
+    print(f"\n{len(slower)} slower than PyTorch")
+    for _, line in sorted(slower):
+        print(line)
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
