@@ -145,9 +145,7 @@ def main() -> int:
             continue
         ours, theirs = contest.bind()
         found = measure.bursts({"ours": ours, "theirs": theirs})
-        best, median = (
-            getattr(found["theirs"], which) / getattr(found["ours"], which) for which in ("best", "median")
-        )
+        best, median = (getattr(found["theirs"], which) / getattr(found["ours"], which) for which in ("best", "median"))
         times = "".join(f"{found[who].best * 1e6:10.1f}" for who in ("ours", "theirs"))
         line = f"{contest.name:58}{times}{best:8.2f}{median:8.2f}"
         print(line, flush=True)
