@@ -20,20 +20,22 @@ namespace {
 using fastnorm::ChannelShape;
 using fastnorm::DType;
 using fastnorm::GroupShape;
+using fastnorm::Kernels;
 using fastnorm::RowShape;
 using std::size_t;
 
-// The dtype by its character, which ml_dtypes' bfloat16 has too ('E') where it has no buffer protocol.
-DType dtype_of(const py::array& array) {
+// Those of the array's dtype, by its character, which ml_dtypes' bfloat16 has too ('E') where it has no buffer
+// protocol.
+const Kernels& kernels_of(const py::array& array) {
   switch (array.dtype().char_()) {
     case 'e':
-      return DType::float16;
+      return fastnorm::kernels(DType::float16);
     case 'E':
-      return DType::bfloat16;
+      return fastnorm::kernels(DType::bfloat16);
     case 'f':
-      return DType::float32;
+      return fastnorm::kernels(DType::float32);
     case 'd':
-      return DType::float64;
+      return fastnorm::kernels(DType::float64);
     default:
       throw std::invalid_argument("kernels take float16, bfloat16, float32 and float64");
   }
@@ -56,123 +58,118 @@ double* optional_out(Optional object) {
 
 void register_channel(py::module_& m) {
   m.def("channel_moments", [](Array x, size_t outer, size_t channels, size_t inner, py::array mean, py::array var) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void* from = x.data();
     double *to_mean = reals_out(mean), *to_var = reals_out(var);
     const py::gil_scoped_release release;
-    fastnorm::kernels().channel_moments(d, from, ChannelShape{outer, channels, inner}, to_mean, to_var);
+    k.channel_moments(from, ChannelShape{outer, channels, inner}, to_mean, to_var);
   });
   m.def("channel_apply", [](Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var, double eps,
                             Optional gamma, Optional beta, py::array y) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
     const double *centre = reals(mean), *spread = reals(var);
     void* to = y.mutable_data();
     const py::gil_scoped_release release;
-    fastnorm::kernels().channel_apply(d, from, ChannelShape{outer, channels, inner}, centre, spread, eps, scale, shift,
-                                      to);
+    k.channel_apply(from, ChannelShape{outer, channels, inner}, centre, spread, eps, scale, shift, to);
   });
   m.def("channel_forward", [](Array x, size_t outer, size_t channels, size_t inner, Optional gamma, Optional beta,
                               double eps, py::array y, py::array mean, py::array var) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
     void* to = y.mutable_data();
     double *to_mean = reals_out(mean), *to_var = reals_out(var);
     const py::gil_scoped_release release;
-    fastnorm::kernels().channel_forward(d, from, ChannelShape{outer, channels, inner}, scale, shift, eps, to, to_mean,
-                                        to_var);
+    k.channel_forward(from, ChannelShape{outer, channels, inner}, scale, shift, eps, to, to_mean, to_var);
   });
   m.def("channel_backward_reduce", [](Array dy, Array x, size_t outer, size_t channels, size_t inner, Array mean,
                                       Array var, double eps, py::array sum_dy, py::array sum_dy_xhat) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *grad = dy.data(), *from = x.data();
     const double *centre = reals(mean), *spread = reals(var);
     double *to_dy = reals_out(sum_dy), *to_dy_xhat = reals_out(sum_dy_xhat);
     const py::gil_scoped_release release;
-    fastnorm::kernels().channel_backward_reduce(d, grad, from, ChannelShape{outer, channels, inner}, centre, spread,
-                                                eps, to_dy, to_dy_xhat);
+    k.channel_backward_reduce(grad, from, ChannelShape{outer, channels, inner}, centre, spread, eps, to_dy, to_dy_xhat);
   });
   m.def("channel_backward_apply",
         [](Array dy, Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var, double eps,
            Optional gamma, Array sum_dy, Array sum_dy_xhat, double count, py::array dx) {
-          const DType d = dtype_of(x);
+          const Kernels& k = kernels_of(x);
           const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
           const double *centre = reals(mean), *spread = reals(var), *dy_sum = reals(sum_dy),
                        *dy_xhat_sum = reals(sum_dy_xhat);
           void* to = dx.mutable_data();
           const py::gil_scoped_release release;
-          fastnorm::kernels().channel_backward_apply(d, grad, from, ChannelShape{outer, channels, inner}, centre,
-                                                     spread, eps, scale, dy_sum, dy_xhat_sum, count, to);
+          k.channel_backward_apply(grad, from, ChannelShape{outer, channels, inner}, centre, spread, eps, scale, dy_sum,
+                                   dy_xhat_sum, count, to);
         });
   m.def("channel_backward", [](Array dy, Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var,
                                double eps, Optional gamma, py::array dx, py::array sum_dy, py::array sum_dy_xhat) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
     const double *centre = reals(mean), *spread = reals(var);
     void* to = dx.mutable_data();
     double *to_dy = reals_out(sum_dy), *to_dy_xhat = reals_out(sum_dy_xhat);
     const py::gil_scoped_release release;
-    fastnorm::kernels().channel_backward(d, grad, from, ChannelShape{outer, channels, inner}, centre, spread, eps,
-                                         scale, to, to_dy, to_dy_xhat);
+    k.channel_backward(grad, from, ChannelShape{outer, channels, inner}, centre, spread, eps, scale, to, to_dy,
+                       to_dy_xhat);
   });
 }
 
 void register_group(py::module_& m) {
   m.def("group_forward", [](Array x, size_t samples, size_t outer, size_t channels, size_t inner, size_t groups,
                             Optional gamma, Optional beta, double eps, py::array y, py::array mean, py::array var) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
     void* to = y.mutable_data();
     double *to_mean = reals_out(mean), *to_var = reals_out(var);
     const py::gil_scoped_release release;
-    fastnorm::kernels().group_forward(d, from, GroupShape{samples, outer, channels, inner, groups}, scale, shift, eps,
-                                      to, to_mean, to_var);
+    k.group_forward(from, GroupShape{samples, outer, channels, inner, groups}, scale, shift, eps, to, to_mean, to_var);
   });
   m.def("group_backward",
         [](Array dy, Array x, size_t samples, size_t outer, size_t channels, size_t inner, size_t groups, Array mean,
            Array var, double eps, Optional gamma, py::array dx, py::array sum_dy, py::array sum_dy_xhat) {
-          const DType d = dtype_of(x);
+          const Kernels& k = kernels_of(x);
           const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
           const double *centre = reals(mean), *spread = reals(var);
           void* to = dx.mutable_data();
           double *to_dy = reals_out(sum_dy), *to_dy_xhat = reals_out(sum_dy_xhat);
           const py::gil_scoped_release release;
-          fastnorm::kernels().group_backward(d, grad, from, GroupShape{samples, outer, channels, inner, groups}, centre,
-                                             spread, eps, scale, to, to_dy, to_dy_xhat);
+          k.group_backward(grad, from, GroupShape{samples, outer, channels, inner, groups}, centre, spread, eps, scale,
+                           to, to_dy, to_dy_xhat);
         });
 }
 
 void register_row(py::module_& m) {
   m.def("row_forward", [](Array x, size_t rows, size_t cols, Optional gamma, Optional beta, double eps, py::array y,
                           Optional mean, py::array var) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *from = x.data(), *scale = optional(gamma), *shift = optional(beta);
     void* to = y.mutable_data();
     double *to_mean = optional_out(mean), *to_var = reals_out(var);
     const py::gil_scoped_release release;
-    fastnorm::kernels().row_forward(d, from, RowShape{rows, cols}, scale, shift, eps, to, to_mean, to_var);
+    k.row_forward(from, RowShape{rows, cols}, scale, shift, eps, to, to_mean, to_var);
   });
   m.def("row_backward", [](Array dy, Array x, size_t rows, size_t cols, Optional mean, Array var, double eps,
                            Optional gamma, py::array dx, Optional dgamma, Optional dbeta) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void *grad = dy.data(), *from = x.data(), *scale = optional(gamma);
     const double *centre = static_cast<const double*>(optional(mean)), *spread = reals(var);
     void* to = dx.mutable_data();
     double *to_gamma = optional_out(dgamma), *to_beta = optional_out(dbeta);
     const py::gil_scoped_release release;
-    fastnorm::kernels().row_backward(d, grad, from, RowShape{rows, cols}, centre, spread, eps, scale, to, to_gamma,
-                                     to_beta);
+    k.row_backward(grad, from, RowShape{rows, cols}, centre, spread, eps, scale, to, to_gamma, to_beta);
   });
 }
 
 void register_dropout(py::module_& m) {
   m.def("dropout", [](Array x, size_t n, std::uint64_t first, std::uint64_t seed, std::uint64_t threshold, double scale,
                       py::array y) {
-    const DType d = dtype_of(x);
+    const Kernels& k = kernels_of(x);
     const void* from = x.data();
     void* to = y.mutable_data();
     const py::gil_scoped_release release;
-    fastnorm::kernels().dropout(d, from, n, first, seed, threshold, scale, to);
+    k.dropout(from, n, first, seed, threshold, scale, to);
   });
 }
 
@@ -235,14 +232,14 @@ void register_machine(py::module_& m) {
     const size_t n = common_floats(src, src);
     const auto* from = static_cast<const float*>(src.data());
     const py::gil_scoped_release release;
-    fastnorm::kernels().stream_read(from, n);
+    fastnorm::level().stream_read(from, n);
   });
   m.def("stream_copy", [](Array src, py::array dst) {
     const size_t n = common_floats(src, dst);
     const auto* from = static_cast<const float*>(src.data());
     auto* to = static_cast<float*>(dst.mutable_data());
     const py::gil_scoped_release release;
-    fastnorm::kernels().stream_copy(from, to, n);
+    fastnorm::level().stream_copy(from, to, n);
   });
   m.def("stream_add", [](Array a, Array b, py::array dst) {
     const size_t n = common_floats(a, dst);
@@ -250,12 +247,12 @@ void register_machine(py::module_& m) {
     const auto *first = static_cast<const float*>(a.data()), *second = static_cast<const float*>(b.data());
     auto* to = static_cast<float*>(dst.mutable_data());
     const py::gil_scoped_release release;
-    fastnorm::kernels().stream_add(first, second, to, n);
+    fastnorm::level().stream_add(first, second, to, n);
   });
-  m.def("isa", [] { return std::string(fastnorm::kernels().level); });
+  m.def("isa", [] { return std::string(fastnorm::level().name); });
   m.def("isas", [] {
     py::list names;
-    for (const auto* table : fastnorm::levels()) names.append(table->level);
+    for (const auto* level : fastnorm::levels()) names.append(level->name);
     return names;
   });
   m.def("set_isa", &fastnorm::choose_level);

@@ -9,10 +9,11 @@
 namespace fastnorm {
 
 // Levels that are built in and that this processor can run, lowest first.
-std::vector<const Kernels*> levels();
+std::vector<const Level*> levels();
 
-// The kernels in use: FASTNORM_ISA's, else the highest level.
-const Kernels& kernels();
+// The level in use: FASTNORM_ISA's, else the highest.
+const Level& level();
+inline const Kernels& kernels(DType dtype) { return *level().kernels[static_cast<std::size_t>(dtype)]; }
 
 // Chooses a level by name; throws std::invalid_argument for one that is unknown or cannot run here.
 void choose_level(const std::string& name);

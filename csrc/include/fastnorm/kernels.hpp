@@ -1,4 +1,4 @@
-// The table of kernels that each instruction set level fills, and the types it speaks.
+// The tables of kernels that each instruction set level fills, one a storage type, and the types they speak.
 // The contract (formulas, in-place rules, repeatability) stands in fastnorm/backends/__init__.py.
 #pragma once
 
@@ -35,32 +35,36 @@ struct RowShape {
 
 // x, dy, y, dx are of the table's storage dtype; gamma and beta of its accumulation dtype or null.
 struct Kernels {
-  const char* level;
-  void (*channel_moments)(DType, const void* x, ChannelShape, double* mean, double* var);
-  void (*channel_apply)(DType, const void* x, ChannelShape, const double* mean, const double* var, double eps,
+  void (*channel_moments)(const void* x, ChannelShape, double* mean, double* var);
+  void (*channel_apply)(const void* x, ChannelShape, const double* mean, const double* var, double eps,
                         const void* gamma, const void* beta, void* y);
-  void (*channel_forward)(DType, const void* x, ChannelShape, const void* gamma, const void* beta, double eps, void* y,
+  void (*channel_forward)(const void* x, ChannelShape, const void* gamma, const void* beta, double eps, void* y,
                           double* mean, double* var);
-  void (*channel_backward_reduce)(DType, const void* dy, const void* x, ChannelShape, const double* mean,
-                                  const double* var, double eps, double* sum_dy, double* sum_dy_xhat);
-  void (*channel_backward_apply)(DType, const void* dy, const void* x, ChannelShape, const double* mean,
-                                 const double* var, double eps, const void* gamma, const double* sum_dy,
-                                 const double* sum_dy_xhat, double count, void* dx);
-  void (*channel_backward)(DType, const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
+  void (*channel_backward_reduce)(const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
+                                  double eps, double* sum_dy, double* sum_dy_xhat);
+  void (*channel_backward_apply)(const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
+                                 double eps, const void* gamma, const double* sum_dy, const double* sum_dy_xhat,
+                                 double count, void* dx);
+  void (*channel_backward)(const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
                            double eps, const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
-  void (*group_forward)(DType, const void* x, GroupShape, const void* gamma, const void* beta, double eps, void* y,
+  void (*group_forward)(const void* x, GroupShape, const void* gamma, const void* beta, double eps, void* y,
                         double* mean, double* var);
-  void (*group_backward)(DType, const void* dy, const void* x, GroupShape, const double* mean, const double* var,
-                         double eps, const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
+  void (*group_backward)(const void* dy, const void* x, GroupShape, const double* mean, const double* var, double eps,
+                         const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
   // mean is null for rows that are not centred
-  void (*row_forward)(DType, const void* x, RowShape, const void* gamma, const void* beta, double eps, void* y,
-                      double* mean, double* var);
-  void (*row_backward)(DType, const void* dy, const void* x, RowShape, const double* mean, const double* var,
-                       double eps, const void* gamma, void* dx, double* dgamma, double* dbeta);
+  void (*row_forward)(const void* x, RowShape, const void* gamma, const void* beta, double eps, void* y, double* mean,
+                      double* var);
+  void (*row_backward)(const void* dy, const void* x, RowShape, const double* mean, const double* var, double eps,
+                       const void* gamma, void* dx, double* dgamma, double* dbeta);
   // Words of Philox-4x32-10 below `threshold`, at most 2^32, keep an element; `first` is the index of x[0].
-  void (*dropout)(DType, const void* x, std::size_t n, std::uint64_t first, std::uint64_t seed, std::uint64_t threshold,
+  void (*dropout)(const void* x, std::size_t n, std::uint64_t first, std::uint64_t seed, std::uint64_t threshold,
                   double scale, void* y);
-  // The memory roof: a sum that is thrown away; dst = src and dst = a + b on floats, with streaming stores.
+};
+
+struct Level {
+  const char* name;
+  const Kernels* kernels[4];  // by DType
+  // The memory roof: a sum that is thrown away; dst = src and dst = a + b, with streaming stores.
   void (*stream_read)(const float* src, std::size_t n);
   void (*stream_copy)(const float* src, float* dst, std::size_t n);
   void (*stream_add)(const float* a, const float* b, float* dst, std::size_t n);
