@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 
 # The CUDA kernels without a GPU: in Numba's simulator, and compiled.
 test-cuda: $(VENV)/.cuda
-	$(BIN)/pytest tests/test_cuda_*.py
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal tests/test_cuda_*.py
 
 # On a machine with a GPU: the whole suite, real device arrays included, then compute-sanitizer.
 test-gpu: $(VENV)/.gpu

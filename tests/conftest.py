@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import hypothesis
 import numpy as np
@@ -14,6 +16,11 @@ try:
     from fastnorm import _core
 except ImportError:
     _core = None
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" and find_spec("numba_cuda") is not None:
+    import simulator
+
+    simulator.install()
 
 hypothesis.settings.register_profile("repeatable", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)

@@ -1,8 +1,7 @@
 """The CUDA kernels in Numba's simulator against the reference, run as a script: a case a line, `name: ` and what is
 wrong with it, nothing where it is right. `test_cuda_kernels.py` starts it and reads that.
 
-The simulator is a Python thread for each of the GPU's: blocks, chunks and registers are made small, so that every
-way through the kernels is taken by a few thousand elements.
+Blocks, chunks and registers are made small, so that every way through the kernels is taken by some thousand elements.
 """
 
 from __future__ import annotations
@@ -17,21 +16,15 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
 import ml_dtypes
 import numpy as np
+import pytest
+import simulator
 
-from fastnorm.backends.numba_cuda import _plan
+from fastnorm.backends.numba_cuda import _plan, kernels
+from fastnorm.bench.tolerances import tolerance
+from fastnorm.reference import kernels as reference
 
-_plan.BLOCK, _plan.MOST_THREADS, _plan.FORWARD_BLOCK, _plan.BACKWARD_BLOCK = 64, 64, 64, 64
-_plan.FORWARD_ELEMENTS, _plan.BACKWARD_ELEMENTS, _plan.CHUNK = 8, 8, 512
-
-from fastnorm.backends.numba_cuda import _rows, _runs  # noqa: E402
-
-_rows.SLICES, _runs.FINISHED = 2, 2
-
-from fastnorm.backends.numba_cuda import kernels  # noqa: E402
-from fastnorm.bench.tolerances import tolerance  # noqa: E402
-from fastnorm.reference import kernels as reference  # noqa: E402
-
-kernels.FINISH_THREADS = 64
+simulator.install()
+simulator.small_blocks(pytest.MonkeyPatch(), block=64, backward_elements=8, chunk=512)
 STORAGES: dict[str, Any] = {
     "float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16
 }  # fmt: skip

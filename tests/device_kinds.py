@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simulator
 
 from fastnorm import _device, _dispatch
 from fastnorm._hosted import hosted
@@ -470,6 +471,8 @@ def devices() -> Iterator[Any]:
             backend = StandInBackend()
             patch.setitem(sys.modules, backend.__name__, backend)
             patch.setattr(_dispatch, "_loaded", {**_dispatch._loaded, _dispatch.ON_DEVICE: hosted(backend)})
+        else:
+            simulator.small_blocks(patch)
         _forget()
         yield _device.backend()
     _forget()

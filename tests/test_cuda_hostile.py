@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulator
 from kernel_truth import check, computed_in, kernel_inputs, plain_formulas
 
 from fastnorm.bench.cases import dtype_of
@@ -23,7 +24,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 if SIMULATED:
-    from fastnorm.backends.numba_cuda import _plan, _rows, kernels
+    from fastnorm.backends.numba_cuda import kernels
 
 # Kernels make NaN of Inf without a word, NumPy's numbers in the simulator don't.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(invalid value|overflow):RuntimeWarning")
@@ -47,19 +48,8 @@ def test_in_the_simulator():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Plans of blocks that a simulator can run: 32 threads, 64 for a row."""
-    if not SIMULATED:
-        yield
-        return
-    for module, name, value in (
-        (_plan, "BLOCK", 32), (_plan, "FORWARD_BLOCK", 64), (_plan, "BACKWARD_BLOCK", 64),
-        (_plan, "MOST_THREADS", 64), (_plan, "FORWARD_ELEMENTS", 8), (_plan, "BACKWARD_ELEMENTS", 4),
-        (_plan, "CHUNK", 256), (_rows, "SLICES", 2),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    _rows.finish.cache_clear()  # its shared memory is of SLICES
-    yield
-    _rows.finish.cache_clear()
+    if SIMULATED:
+        simulator.small_blocks(monkeypatch)
 
 
 class Memory:
