@@ -8,6 +8,7 @@ give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ __all__ = [
 
 SHORT_RUN = 64
 """Runs shorter than this are worked on as columns: they would hardly fill a loop over vectors."""
+CHANNELS_AT_ONCE = 1 << 16
+"""Channels, of all samples, that a call of a group kernel works on: 1 to 2 MB of coefficients and sums."""
 LONG_ROWS = 1 << 23
 """Bytes of dy and x between the sums of long rows and their output: a share of L3."""
 
@@ -73,56 +76,70 @@ def _parameter(values: Array | None, x: Array, absent: float) -> tuple[Array, in
     return (_CONSTANTS[_accumulation(x), absent], 0) if values is None else (_plain(values), -1)
 
 
+def _period(channels: int, *parameters: Array | None) -> int:
+    """After how many channels the parameters repeat; if there are none, it does not matter."""
+    return next((values.size for values in parameters if values is not None), channels)
+
+
 def _by_columns(outer: int, inner: int) -> bool:
     return inner < SHORT_RUN and outer >= 8
 
 
 def _columns_forward(
     steps: int, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
-    gamma: Array | None, beta: Array | None, y: Array,
+    gamma: Array | None, beta: Array | None, y: Array, span: int = 1,
 ) -> None:  # fmt: skip
-    channels, period, grid = sizes[1], sizes[1] * sizes[2], _columns.grid(*sizes)
-    parts = np.empty((2, grid[4] * channels))
-    lines, columns = (np.empty(3 * n, _accumulation(x)) for n in (channels, period * grid[2] + 64))
+    """Samples of these sizes, of which `span` channels share a statistic."""
+    outer, channels, inner = sizes
+    samples, grid = x.size // (outer * channels * inner), _columns.grid(*sizes)
+    parts = np.empty((2, samples * grid[4] * channels))
+    room = channels * inner * grid[2] + _columns.ROOM
+    lines, columns = (np.empty(3 * samples * n, _accumulation(x)) for n in (channels, room))
     parameters = (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0))
     arguments = (*parts, mean, var, eps, parameters, lines, columns, _plan.past_cache(x.nbytes))
-    for launch in _plan.of_columns(steps, sizes, grid, x.itemsize, 1, threads()):
-        cut = (launch.group, -(-channels // launch.group), *grid[2:])
-        _columns.forward(x.size, launch.tasks, x, y, *sizes, cut, launch.steps, *arguments, launch.ahead)
+    for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 1, threads()):
+        cut = launch.sample, *sizes, span, grid, launch.group
+        _columns.forward(x.size, launch.tasks, x, y, *cut, launch.steps, *arguments, launch.ahead)
 
 
 def _columns_backward(
     steps: int, dy: Array, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
     gamma: Array | None, gain: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+    span: int = 1,
 ) -> None:  # fmt: skip
-    channels, period, grid = sizes[1], sizes[1] * sizes[2], _columns.grid(*sizes)
-    parts = np.empty((2, grid[4] * channels))
-    lines, columns = (np.empty(5 * n, _accumulation(x)) for n in (channels, period * grid[2] + 64))
+    outer, channels, inner = sizes
+    samples, grid = x.size // (outer * channels * inner), _columns.grid(*sizes)
+    parts = np.empty((2, samples * grid[4] * channels))
+    room = channels * inner * grid[2] + _columns.ROOM
+    lines, columns = (np.empty(5 * samples * n, _accumulation(x)) for n in (channels, room))
     factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
     arguments = (
         *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns,
         _plan.past_cache(x.nbytes),
     )  # fmt: skip
-    for launch in _plan.of_columns(steps, sizes, grid, x.itemsize, 2, threads()):
-        cut = (launch.group, -(-channels // launch.group), *grid[2:])
-        _columns.backward(x.size, launch.tasks, dy, x, dx, *sizes, cut, launch.steps, *arguments, launch.ahead)
+    for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 2, threads()):
+        cut = launch.sample, *sizes, span, grid, launch.group
+        _columns.backward(x.size, launch.tasks, dy, x, dx, *cut, launch.steps, *arguments, launch.ahead)
 
 
 def _runs_forward(
     steps: int, x: Array, sizes: _plan.Sizes, mean: Array | None, var: Array, eps: float, y: Array,
     by_run: tuple[Array | None, Array | None] = (None, None),
     by_column: tuple[Array | None, Array | None] = (None, None),
+    span: int = 1,
 ) -> None:  # fmt: skip
+    """Channels of these sizes, each `span` channels as to gamma and beta, which repeat for each sample."""
     channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
     centred = mean is not None
     mean = np.zeros(channels) if mean is None else mean
     parts = (mean, var) if tiles[4] == 1 else np.empty((2, channels * tiles[4]))
-    lines = np.empty(3 * channels, _accumulation(x))
+    lines = np.empty(3 * channels * span, _accumulation(x))
     of_runs, of_columns = (
         (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0)) for gamma, beta in (by_run, by_column)
     )
-    arguments = (*parts, mean, var, centred, eps, of_runs, lines, of_columns, _plan.past_cache(x.nbytes))
-    for launch in _plan.of_runs(steps, sizes, tiles, x.itemsize, 1, threads()):
+    cycle = span, _period(channels * span, *by_run)
+    arguments = (*parts, mean, var, centred, eps, of_runs, *cycle, lines, of_columns, _plan.past_cache(x.nbytes))
+    for launch in _plan.of_runs(steps, sizes, 1, tiles, x.itemsize, 1, threads()):
         _runs.forward(
             x.size, launch.tasks, x, y, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
         )  # fmt: skip
@@ -131,16 +148,17 @@ def _runs_forward(
 def _runs_backward(
     steps: int, dy: Array, x: Array, sizes: _plan.Sizes, mean: Array, var: Array, eps: float,
     gamma: Array | None, gain: Array | None, sum_dy: Array, sum_dy_xhat: Array, count: float, dx: Array,
+    span: int = 1,
 ) -> None:  # fmt: skip
     channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
     parts = np.empty((2, channels * tiles[4]))
     lines = np.empty(5 * channels, _accumulation(x))
     factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
     arguments = (
-        *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines,
+        *parts, mean, var, eps, factors, span, _period(channels, gamma, gain), sum_dy, sum_dy_xhat, count, lines,
         _plan.past_cache(x.nbytes),
     )  # fmt: skip
-    for launch in _plan.of_runs(steps, sizes, tiles, x.itemsize, 2, threads()):
+    for launch in _plan.of_runs(steps, sizes, span, tiles, x.itemsize, 2, threads()):
         _runs.backward(
             x.size, launch.tasks, dy, x, dx, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
         )  # fmt: skip
@@ -212,42 +230,50 @@ def channel_backward(
     )  # fmt: skip
 
 
-def _merged(mean: Array, var: Array, statistics: int) -> tuple[Array, Array]:
-    """Mean and var of adjacent channels together, in equal numbers: `statistics` of them."""
-    mean, var = mean.reshape(statistics, -1), var.reshape(statistics, -1)
-    merged = mean[:, 0] + (mean - mean[:, :1]).mean(axis=1)  # exact for equal ones
-    between = mean - merged[:, None]
-    return merged, (var + between * between).mean(axis=1)
-
-
-def _samples(samples: int, outer: int, *arrays: Array) -> tuple[int, list[list[Array]]]:
-    """Into how many blocks the samples fall that a call of the channel family takes at once, and the arrays of each.
-
-    All of them where channels come first, since those of two samples are channels like any others.
-    """
-    blocks = 1 if outer == 1 else samples
-    return blocks, [list(parts) for parts in zip(*(array.reshape(blocks, -1) for array in arrays), strict=True)]
+def _some_samples(samples: int, channels: int, *arrays: Array) -> Iterator[list[Array]]:
+    """The arrays' parts for so many samples at a time that what is kept of all their channels stays in cache."""
+    some = max(1, CHANNELS_AT_ONCE // channels)
+    for first in range(0, samples, some):
+        yield [array.reshape(samples, -1)[first : first + some].reshape(-1) for array in arrays]
 
 
 def group_forward(
     x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
+    sizes = outer, channels, inner
+    for arrays in _some_samples(samples, outer * channels, _storage(x), _storage(y), mean, var):
+        _samples_forward(sizes, groups, gamma, beta, eps, *arrays)
+
+
+def _samples_forward(
+    sizes: _plan.Sizes, groups: int, gamma: Array | None, beta: Array | None, eps: float,
+    x: Array, y: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    outer, channels, inner = sizes
     span = channels // groups
-    blocks, parts = _samples(samples, outer, _storage(x), _storage(y), mean, var)
-    together = samples // blocks
-    gamma, beta = (None if values is None else np.tile(values, together) for values in (gamma, beta))
-    for x_part, y_part, mean_part, var_part in parts:
-        x_part, y_part = (a.view(x.dtype) for a in (x_part, y_part))
-        if outer == 1:  # the channels of a group lie in one run
-            channel_moments(x_part, 1, samples * groups, span * inner, mean_part, var_part)
-        else:
-            centre, spread = np.empty((2, channels))
-            channel_moments(x_part, outer, channels, inner, centre, spread)
-            with np.errstate(invalid="ignore", over="ignore"):
-                mean_part[:], var_part[:] = _merged(centre, spread, groups)
-        shared = np.repeat(mean_part, span), np.repeat(var_part, span)
-        channel_apply(x_part, outer, together * channels, inner, *shared, eps, gamma, beta, y_part)
+    if _by_columns(outer, inner):
+        _columns_forward(ALL, x, sizes, mean, var, eps, gamma, beta, y, span)
+        return
+    # The channels of a group lie in one run, or in one for each of a few rows.
+    runs = (1, outer * mean.size, span * inner)
+    if outer == 1:
+        _runs_forward(ALL, x, runs, mean, var, eps, y, (gamma, beta), span=span)
+        return
+    means, variances = of_runs = np.empty((2, runs[1]))
+    _runs_forward(SUMS | FINISH, x, runs, means, variances, 0.0, x)
+    by_row = of_runs.reshape(2, -1, outer, groups)
+    mean[:], var[:] = (values.ravel() for values in _merged(*by_row))
+    by_row[:] = np.reshape((mean, var), (2, -1, 1, groups))
+    _runs_forward(COEFFICIENTS | WRITE, x, runs, means, variances, eps, y, (gamma, beta), span=span)
+
+
+def _merged(mean: Array, var: Array) -> tuple[Array, Array]:
+    """Mean and var of (samples, rows, groups) over the rows, which have equal numbers of elements."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        merged = mean[:, 0] + (mean - mean[:, :1]).mean(axis=1)  # exact for equal ones
+        between = mean - merged[:, None]
+        return merged, (var + between * between).mean(axis=1)
 
 
 def group_backward(
@@ -255,27 +281,39 @@ def group_backward(
     mean: Array, var: Array, eps: float, gamma: Array | None,
     dx: Array, sum_dy: Array, sum_dy_xhat: Array,
 ) -> None:  # fmt: skip
-    span = channels // groups
-    count = float(outer * span * inner)
-    blocks, parts = _samples(samples, outer, _storage(dy), _storage(x), _storage(dx), mean, var)
-    together = samples // blocks
-    sizes = (outer, together * channels, inner)
-    way = _columns_backward if _by_columns(outer, inner) else _runs_backward
+    sizes = outer, channels, inner
+    arrays = (_storage(dy), _storage(x), _plain(mean), _plain(var), _storage(dx))
     sum_dy[:], sum_dy_xhat[:] = 0.0, 0.0
-    gain = None if gamma is None else np.tile(gamma, together)
-    for dy_part, x_part, dx_part, mean_part, var_part in parts:
-        by_channel = np.empty((2, together * channels))
-        sum_part, sum_xhat_part = by_channel
-        shared = np.repeat(mean_part, span), np.repeat(var_part, span)
-        way(SUMS | FINISH, dy_part, x_part, sizes, *shared, eps, None, None, sum_part, sum_xhat_part, 1.0, dy_part)
+    for some in _some_samples(samples, outer * channels, *arrays):
+        sums = _samples_backward(sizes, groups, gamma, eps, *some)
         with np.errstate(invalid="ignore", over="ignore"):
-            by_sample = by_channel.reshape(2, together, channels).sum(axis=1)
-            sum_dy += by_sample[0]
-            sum_dy_xhat += by_sample[1]
-            if gain is not None:
-                by_channel *= gain
-            sums, sums_xhat = np.repeat(by_channel.reshape(2, -1, span).sum(axis=2), span, axis=1)
-        way(COEFFICIENTS | WRITE, dy_part, x_part, sizes, *shared, eps, None, gain, sums, sums_xhat, count, dx_part)
+            totals = sums.sum(axis=1)
+            sum_dy += totals[0]
+            sum_dy_xhat += totals[1]
+
+
+def _samples_backward(
+    sizes: _plan.Sizes, groups: int, gamma: Array | None, eps: float,
+    dy: Array, x: Array, mean: Array, var: Array, dx: Array,
+) -> Array:  # fmt: skip
+    """Writes dx; returns (sum_dy, sum_dy_xhat) of each channel of each sample."""
+    outer, channels, inner = sizes
+    span, samples = channels // groups, mean.size // groups
+    count = float(outer * span * inner)
+    runs = (1, samples * outer * channels, inner)
+    by_columns = _by_columns(outer, inner)
+    sum_dy, sum_dy_xhat = sums = np.empty((2, samples * channels if by_columns else runs[1]))
+    if by_columns or outer == 1:
+        way, cut = (_columns_backward, sizes) if by_columns else (_runs_backward, runs)
+        way(ALL, dy, x, cut, mean, var, eps, None, gamma, sum_dy, sum_dy_xhat, count, dx, span)
+        return sums.reshape(2, samples, channels)
+    mean, var = (np.repeat(a.reshape(-1, 1, groups), outer, axis=1).ravel() for a in (mean, var))
+    _runs_backward(SUMS | FINISH, dy, x, runs, mean, var, eps, None, None, sum_dy, sum_dy_xhat, 1.0, dy, span)
+    by_row = sums.reshape(2, samples, outer, channels)
+    with np.errstate(invalid="ignore", over="ignore"):
+        by_row[:] = by_row.sum(axis=2, keepdims=True)
+    _runs_backward(COEFFICIENTS | WRITE, dy, x, runs, mean, var, eps, None, gamma, sum_dy, sum_dy_xhat, count, dx, span)
+    return by_row[:, :, 0]
 
 
 def row_forward(

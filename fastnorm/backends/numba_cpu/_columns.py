@@ -1,7 +1,8 @@
 """The channel family where adjacent elements belong to different channels: (outer, channels, inner), inner short.
 
 The memory is a matrix of `outer` rows and channels*inner columns; loops run along a row, so that every column has
-its own accumulator and nothing is summed across a vector. The spec of the tiling:
+its own accumulator and nothing is summed across a vector. Several such matrices may follow one another, samples with
+statistics of their own, which `span` adjacent channels share. The spec of the tiling of one:
 
     for block of channels:              at most WIDTH columns
         for part of rows:               about PART elements; parts run in parallel where blocks are few
@@ -9,6 +10,7 @@ its own accumulator and nothing is summed across a vector. The spec of the tilin
             merge the chunks in order
             merge the columns that belong to one channel, in order
         merge the parts in order
+    merge the channels that share a statistic
 
 Where a row is shorter than WIDTH, `fold` rows that follow one another are worked on as one longer row, and their
 columns merged at the end: three channels would fill a fifth of a vector. The last rows of a part may not fill a
@@ -61,6 +63,8 @@ PART = 1 << 17
 """Elements of a part at full width."""
 BAND = 1 << 16
 """Elements that one task writes where the statistics are known."""
+ROOM = 64
+"""Coefficients behind those of a row: what a line of the output may reach into, and more."""
 
 
 Grid = tuple[int, int, int, int, int]
@@ -76,20 +80,23 @@ def grid(outer: int, channels: int, inner: int) -> Grid:
 
 
 @compiled
-def _share(out, task, steps, outer, channels, inner, grid):
-    """(first channel, last channel, first part, last part) of a task: a block of channels, all its rows or a part.
+def _share(out, task, steps, outer, channels, inner, span, grid, group):
+    """(sample, first channel, last channel, first part, last part) of a task: `group` channels of a sample, all their
+    rows or a part of them; or a band of the sample's memory instead of a part.
 
-    Where all rows lie alike, blocks start where lines of the output do: the first is narrower, the last wider.
+    Where all rows lie alike, groups start where lines of the output do: the first is narrower, the last wider.
     """
-    group, blocks, _, _, parts = grid
-    block, part, upto = task, 0, parts
+    parts = 1
     if steps == SUMS:
-        block, part = task % blocks, task // blocks
-        upto = part + 1
-    shifted = begun(out) if inner == 1 and channels % lanes(out) == 0 else 0
-    first = block * group - shifted if block > 0 else 0
-    last = (block + 1) * group - shifted if block < blocks - 1 else channels
-    return first, last, part, upto
+        parts = grid[4]
+    elif steps == WRITE:
+        parts = -(-outer * channels * inner // BAND)
+    groups = -(-channels // group)
+    sample, part, i = task // (groups * parts), task // groups % parts, task % groups
+    shifted = begun(out) if span == 1 and inner == 1 and channels % lanes(out) == 0 else 0
+    first = i * group - shifted if i > 0 else 0
+    last = (i + 1) * group - shifted if i < groups - 1 else channels
+    return sample, first, last, part, part + 1 if steps == SUMS else grid[4]
 
 
 @compiled
@@ -178,78 +185,99 @@ def _merge_columns(mean, squares, rows, seen, inner, channels, fold, first, into
 
 
 @compiled
-def _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, first, group, part):
-    """Moments of a block of channels over a part of the rows, into row `part` of the part arrays."""
-    _, _, fold, part_rows, _ = grid
-    row, into = part * part_rows, part * channels + first
+def _block(channels, inner, grid):
+    """How many of so many channels are summed at once: a block, or all, if not many more."""
+    return channels if channels * inner <= SCRATCH else grid[0]
+
+
+@compiled
+def _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squares, first, group, part):
+    """Moments of a block of channels over a part of the rows of a sample, into the part's row of the part arrays."""
+    _, _, fold, part_rows, parts = grid
+    row, into = part * part_rows, (sample * parts + part) * channels + first
     rows = least(part_rows, outer - row)
     mean, squares = scratch(part_mean), scratch(part_mean)
     for section in range(2):
         above, folded, copies = _section(section, rows, fold)
         if folded > 0:
-            start = ((row + above) * channels + first) * inner
+            top = ((sample * outer + row + above) * channels + first) * inner
             width = channels * inner * copies
-            _matrix_moments(x, start, width, folded, group * inner * copies, mean, squares)
+            _matrix_moments(x, top, width, folded, group * inner * copies, mean, squares)
             _merge_columns(mean, squares, folded, above * inner, inner, group, copies, into, part_mean, part_squares)
 
 
 @compiled
-def _merge_parts(outer, channels, inner, grid, part_mean, part_squares, mean, var, first, last):
-    """Merge the parts of some channels, and divide."""
+def _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, mean, var, sample, first, last):
+    """Merge the parts of some channels into the first part, then the channels of each statistic; and divide."""
     _, _, _, part_rows, parts = grid
-    seen = 0
-    for part in range(parts):
+    top = sample * parts * channels
+    seen = least(part_rows, outer) * inner
+    for part in range(1, parts):
         count = least(part_rows, outer - part * part_rows) * inner
         share = count / (seen + count)
         for c in range(first, last):
-            i = part * channels + c
-            squares, exact = element(part_squares, i), element(part_mean, i)
-            if part > 0:
-                squares = merged_squares(element(mean, c), element(var, c), exact, squares, seen, share)
-                exact = merged_mean(element(mean, c), exact, share)
-            put(mean, c, exact)
-            put(var, c, squares)
+            at, i = top + c, top + part * channels + c
+            exact, squares = element(part_mean, at), element(part_squares, at)
+            more, more_squares = element(part_mean, i), element(part_squares, i)
+            put(part_squares, at, merged_squares(exact, squares, more, more_squares, seen, share))
+            put(part_mean, at, merged_mean(exact, more, share))
         seen += count
-    for c in range(first, last):
-        var[c] /= seen
+    for c in range(first, last, span):
+        at = top + c
+        apart, squares, between = 0.0, 0.0, 0.0
+        for i in range(at + 1, at + span):
+            apart += element(part_mean, i) - element(part_mean, at)  # equal ones stay exact
+        exact = element(part_mean, at) + apart / span
+        for i in range(at, at + span):
+            delta = element(part_mean, i) - exact
+            squares += element(part_squares, i)
+            between += delta * delta
+        statistic = (sample * channels + c) // span
+        put(mean, statistic, exact)
+        put(var, statistic, squares / (seen * span) + between / span)
 
 
 @compiled
-def _lines_of_columns(lines, channels, inner, fold, kinds, first, last, columns, length):
+def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, columns):
     """The `kinds` coefficients of channels first..last for each of their columns in a folded row, and for those with
     which the row starts behind its end, too."""
-    width = channels * inner
+    width, samples = channels * inner, lines.size // (kinds * channels)
+    room = width * fold + ROOM
     for kind in range(kinds):
+        of_channels, of_columns = (kind * samples + sample) * channels, (kind * samples + sample) * room
         for c in range(first, last):
-            value = element(lines, kind * channels + c)
+            value = element(lines, of_channels + c)
             for i in range(c * inner, (c + 1) * inner):
-                for j in range(i, length, width):
-                    put(columns, kind * length + j, value)
+                for j in range(i, room, width):
+                    put(columns, of_columns + j, value)
 
 
 @compiled
-def _write_extent(task, steps, run, outer, channels, inner, blocks, first, last):
-    """The memory that a task writes: a band of all, the last first, since it was read last; or a block's rows."""
+def _written(steps, outer, channels, inner, first, last, part):
+    """(first element, elements, how often, a row apart) of what a task writes of a sample: a band of it, the last
+    first, since it was read last; or its rows, or its channels in each of them."""
     size = outer * channels * inner
     if steps == WRITE:
-        band = -(-size // BAND) - 1 - task
-        return band * BAND, least((band + 1) * BAND, size)
-    if blocks == 1:
-        return 0, size
-    return (run * channels + first) * inner, (run * channels + last) * inner
+        at = (-(-size // BAND) - 1 - part) * BAND
+        return at, least(BAND, size - at), 1
+    if last - first == channels:
+        return 0, size, 1
+    return first * inner, (last - first) * inner, outer
 
 
 @compiled
 def _normalized_whole(arrays, i, j, ahead):
-    x, columns, length = arrays
+    x, columns, length, row = arrays
     prefetch(x, i + ahead)
+    j += row
     scale, shift = load(columns, length + j), load(columns, 2 * length + j)
     return normalized(load(x, i), load(columns, j), scale, shift)
 
 
 @compiled
 def _normalized_part(arrays, i, j, count):
-    x, columns, length = arrays
+    x, columns, length, row = arrays
+    j += row
     centre, scale, shift = load(columns, j), load(columns, length + j), load(columns, 2 * length + j)
     return normalized(load_part(x, i, 0, count, centre), centre, scale, shift)
 
@@ -259,28 +287,39 @@ _write_normalized = writer_of_columns(_normalized_whole, _normalized_part)
 
 @Kernel
 def forward(
-    launcher, begin, end, x, y, outer, channels, inner, grid, steps, part_mean, part_squares, mean, var, eps,
-    parameters, lines, columns, past_cache, ahead,
+    launcher, begin, end, x, y, first_sample, outer, channels, inner, span, grid, group, steps, part_mean,
+    part_squares, mean, var, eps, parameters, lines, columns, past_cache, ahead,
 ):  # fmt: skip
-    """lines, columns: room for three coefficients a channel, and a column of a folded row and a line more."""
+    """lines, columns: room for three coefficients a channel, and a column of a folded row and a line more, of each
+    sample."""
     if launcher:
         hand_out(launcher, begin, end)
         return
-    period, length = channels * inner * grid[2], columns.size // 3
+    size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 3
     for task in range(begin, end):
-        first, last, part, upto = _share(y, task, steps, outer, channels, inner, grid)
+        sample, first, last, part, upto = _share(y, task, steps, outer, channels, inner, span, grid, group)
+        sample += first_sample
+        start, above = sample * size, sample * channels
         if steps & SUMS:
             for i in range(part, upto):
-                _part_moments(x, outer, channels, inner, grid, part_mean, part_squares, first, last - first, i)
+                block = first
+                while block < last:
+                    count = _block(last - block, inner, grid)
+                    _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squares, block, count, i)
+                    block += count
         if steps & FINISH:
-            _merge_parts(outer, channels, inner, grid, part_mean, part_squares, mean, var, first, last)
+            _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, mean, var, sample, first, last)
         if steps & COEFFICIENTS:
-            normalizing_lines(x, mean, var, eps, parameters, lines, channels, first, last)
-            _lines_of_columns(lines, channels, inner, grid[2], 3, first, last, columns, length)
+            normalizing_lines(
+                x, mean, var, eps, parameters, span, channels, lines, lines.size // 3, above + first, above + last
+            )  # fmt: skip
+            _lines_of_columns(lines, 3, sample, channels, inner, grid[2], first, last, columns)
         if steps & WRITE:
-            for run in range(1 if steps == WRITE or grid[1] == 1 else outer):
-                at, end_at = _write_extent(task, steps, run, outer, channels, inner, grid[1], first, last)
-                _write_normalized((x, columns, length), y, at, end_at, period, past_cache, ahead)
+            at, count, rows = _written(steps, outer, channels, inner, first, last, part)
+            arrays = (x, columns, length, sample * (period + ROOM))
+            for row in range(rows):
+                top = start + at + row * channels * inner
+                _write_normalized(arrays, y, top, top + count, at % period, period, past_cache, ahead)
     fence()
 
 
@@ -313,21 +352,22 @@ def _matrix_sums(dy, x, start, stride, rows, columns, centre, sum_dy, sum_dy_cen
 
 
 @compiled
-def _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centred, first, group, part):
-    """Sums of a block of channels over a part of the rows, into row `part` of the part arrays."""
-    _, _, fold, part_rows, _ = grid
-    row, into = part * part_rows, part * channels + first
+def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred, first, group, part):
+    """Sums of a block of channels over a part of the rows of a sample, into the part's row of the part arrays."""
+    _, _, fold, part_rows, parts = grid
+    row, into = part * part_rows, (sample * parts + part) * channels + first
     rows, columns = least(part_rows, outer - row), group * inner
     centre, sum_dy, sum_dy_centred = scratch(x), scratch(mean), scratch(mean)
     for c in range(group):
+        middle = element(mean, (sample * channels + first + c) // span)
         for copy in range(fold):
             for j in range(copy * columns + c * inner, copy * columns + (c + 1) * inner):
-                centre[j], sum_dy[j], sum_dy_centred[j] = mean[first + c], 0.0, 0.0
+                centre[j], sum_dy[j], sum_dy_centred[j] = middle, 0.0, 0.0
     for section in range(2):
         above, folded, copies = _section(section, rows, fold)
-        start = ((row + above) * channels + first) * inner
+        top = ((sample * outer + row + above) * channels + first) * inner
         width = channels * inner * copies
-        _matrix_sums(dy, x, start, width, folded, columns * copies, centre, sum_dy, sum_dy_centred)
+        _matrix_sums(dy, x, top, width, folded, columns * copies, centre, sum_dy, sum_dy_centred)
     for c in range(group):
         total_dy, centred = 0.0, 0.0
         for copy in range(fold):
@@ -338,23 +378,31 @@ def _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centr
 
 
 @compiled
-def _add_parts(x, channels, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last):
-    for c in range(first, last):
-        sum_dy[c], sum_dy_xhat[c] = 0.0, 0.0
+def _add_parts(
+    x, sample, channels, span, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last,
+):  # fmt: skip
+    above, top = sample * channels, sample * parts * channels
+    for c in range(above + first, above + last):
+        put(sum_dy, c, 0.0)
+        put(sum_dy_xhat, c, 0.0)
     for part in range(parts):
         for c in range(first, last):
-            put(sum_dy, c, element(sum_dy, c) + element(part_dy, part * channels + c))
-            put(sum_dy_xhat, c, element(sum_dy_xhat, c) + element(part_dy_centred, part * channels + c))
-    for c in range(first, last):
-        rest = mean[c] - rounded(x, mean[c])
-        sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), rest, sum_dy[c], sum_dy_xhat[c])
+            i = top + part * channels + c
+            put(sum_dy, above + c, element(sum_dy, above + c) + element(part_dy, i))
+            put(sum_dy_xhat, above + c, element(sum_dy_xhat, above + c) + element(part_dy_centred, i))
+    for statistic in range((above + first) // span, (above + last) // span):
+        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
+        rest = middle - rounded(x, middle)
+        for c in range(statistic * span, (statistic + 1) * span):
+            put(sum_dy_xhat, c, sum_times_xhat(factor, rest, element(sum_dy, c), element(sum_dy_xhat, c)))
 
 
 @compiled
 def _gradient_whole(arrays, i, j, ahead):
-    dy, x, columns, length = arrays
+    dy, x, columns, length, row = arrays
     prefetch(dy, i + ahead)
     prefetch(x, i + ahead)
+    j += row
     centre, scale = load(columns, j), load(columns, length + j)
     lift, slope = load(columns, 2 * length + j), load(columns, 3 * length + j)
     grad = load(dy, i) * load(columns, 4 * length + j)
@@ -363,7 +411,8 @@ def _gradient_whole(arrays, i, j, ahead):
 
 @compiled
 def _gradient_part(arrays, i, j, count):
-    dy, x, columns, length = arrays
+    dy, x, columns, length, row = arrays
+    j += row
     centre, scale = load(columns, j), load(columns, length + j)
     lift, slope = load(columns, 2 * length + j), load(columns, 3 * length + j)
     gain = load(columns, 4 * length + j)
@@ -376,26 +425,43 @@ _write_gradient = writer_of_columns(_gradient_whole, _gradient_part)
 
 @Kernel
 def backward(
-    launcher, begin, end, dy, x, dx, outer, channels, inner, grid, steps, part_dy, part_dy_centred, mean, var, eps,
-    factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache, ahead,
+    launcher, begin, end, dy, x, dx, first_sample, outer, channels, inner, span, grid, group, steps, part_dy,
+    part_dy_centred, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache, ahead,
 ):  # fmt: skip
     """lines, columns: as in `forward`, for five coefficients."""
     if launcher:
         hand_out(launcher, begin, end)
         return
-    period, length = channels * inner * grid[2], columns.size // 5
+    size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 5
     for task in range(begin, end):
-        first, last, part, upto = _share(dx, task, steps, outer, channels, inner, grid)
+        sample, first, last, part, upto = _share(dx, task, steps, outer, channels, inner, span, grid, group)
+        sample += first_sample
+        start, above = sample * size, sample * channels
         if steps & SUMS:
             for i in range(part, upto):
-                _part_sums(dy, x, outer, channels, inner, grid, mean, part_dy, part_dy_centred, first, last - first, i)
+                block = first
+                while block < last:
+                    some = _block(last - block, inner, grid)
+                    _part_sums(
+                        dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred,
+                        block, some, i,
+                    )  # fmt: skip
+                    block += some
         if steps & FINISH:
-            _add_parts(x, channels, grid[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
+            _add_parts(
+                x, sample, channels, span, grid[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat,
+                first, last,
+            )  # fmt: skip
         if steps & COEFFICIENTS:
-            gradient_lines(x, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
-            _lines_of_columns(lines, channels, inner, grid[2], 5, first, last, columns, length)
+            gradient_lines(
+                x, mean, var, eps, factors, span, channels, sum_dy, sum_dy_xhat, count, lines, lines.size // 5,
+                above + first, above + last,
+            )  # fmt: skip
+            _lines_of_columns(lines, 5, sample, channels, inner, grid[2], first, last, columns)
         if steps & WRITE:
-            for run in range(1 if steps == WRITE or grid[1] == 1 else outer):
-                at, end_at = _write_extent(task, steps, run, outer, channels, inner, grid[1], first, last)
-                _write_gradient((dy, x, columns, length), dx, at, end_at, period, past_cache, ahead)
+            at, written, rows = _written(steps, outer, channels, inner, first, last, part)
+            arrays = (dy, x, columns, length, sample * (period + ROOM))
+            for row in range(rows):
+                top = start + at + row * channels * inner
+                _write_gradient(arrays, dx, top, top + written, at % period, period, past_cache, ahead)
     fence()

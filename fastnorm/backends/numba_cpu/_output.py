@@ -71,17 +71,17 @@ def writer_of_runs(line: Callable[..., Any], whole: Callable[..., Any], part: Ca
 
 
 def writer_of_columns(whole: Callable[..., Any], part: Callable[..., Any]) -> Any:
-    """A writer where coefficients belong to columns, whose number is `period`.
+    """A writer where coefficients belong to columns, whose number is `period`, element `begin` to number `j`.
 
     whole(arrays, i, j, ahead) and part(arrays, i, j, count) as above. A line may reach into the next row:
     coefficients continue beyond `period` with the first ones.
     """
 
     @compiled
-    def write(arrays, out, begin, end, period, past_cache, ahead):
+    def write(arrays, out, begin, end, j, period, past_cache, ahead):
         step = lanes(out)
         skip = (begun(out) + begin) % step if past_cache else 0
-        at, j = begin, begin % period
+        at = begin
         while at < end:
             lines = (end - at) // step
             if skip == 0 and lines > 0:

@@ -4,6 +4,7 @@ decides bits, the order of sums, stands with the kernels and depends on the shap
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ Sizes = tuple[int, int, int]
 
 READ_AHEAD = 256
 """Elements that are fetched ahead in the stream itself, where no next slab is known."""
+LINE = 64
 NARROWEST = 1 << 10
 """Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves."""
 
@@ -52,38 +54,69 @@ class Launch(NamedTuple):
     """Channels of a task."""
     ahead: int
     """Elements that are fetched ahead while the output is written."""
+    sample: int = 0
+    """The first sample that it works on."""
 
 
-def of_columns(steps: int, sizes: Sizes, grid: _columns.Grid, itemsize: int, arrays: int, threads: int) -> list[Launch]:
-    """Launches of a kernel of `_columns` that reads so many arrays."""
+def of_columns(
+    steps: int, samples: int, sizes: Sizes, span: int, grid: _columns.Grid, itemsize: int, arrays: int, threads: int
+) -> list[Launch]:
+    """Launches of a kernel of `_columns` that reads so many arrays of samples of these sizes."""
     outer, channels, inner = sizes
-    size, group, blocks, parts = outer * channels * inner, grid[0], grid[1], grid[4]
+    size, group, blocks, parts = outer * channels * inner, *grid[:2], grid[4]
     if steps & SUMS and steps & WRITE:
-        if in_one_task(size):
-            return [Launch(steps, blocks, group, 0)]
-        slab = caches()[0] // 2 // (outer * inner * itemsize * arrays)
-        if blocks > 1 and slab * inner * itemsize >= NARROWEST:
-            slab = min(group, max(slab // 64 * 64, 1))
+        slab = _slab_of_columns(samples, sizes, span, grid, itemsize, arrays, threads)
+        if slab:
             slabs = -(-channels // slab)
-            if slabs >= 2 * threads:
-                return [Launch(steps, slabs, slab, slab * inner)]
+            return [Launch(steps, samples * slabs, slab, slab * inner if slabs > 1 else size)]
+    together = -(-group // span) * span
+    groups, bands = -(-channels // together), -(-size // _columns.BAND)
+    # So many samples at a time that they stay in cache between the steps, if one does.
+    some = min(samples, max(1, caches()[1] // 2 // (size * itemsize * arrays)))
     return [
-        Launch(steps & part, tasks, group, ahead)
-        for part, tasks, ahead in (
-            (SUMS, blocks * parts, 0),
-            (FINISH | COEFFICIENTS, blocks, 0),
-            (WRITE, -(-size // _columns.BAND), READ_AHEAD),
+        Launch(steps & part, min(some, samples - first) * tasks, channels_of_a_task, ahead, first)
+        for first in range(0, samples, some)
+        for part, tasks, channels_of_a_task, ahead in (
+            (SUMS, blocks * parts, group, 0),
+            (FINISH | COEFFICIENTS, groups, together, 0),
+            (WRITE, bands, channels, READ_AHEAD),
         )
         if steps & part
     ]
 
 
-def of_runs(steps: int, sizes: Sizes, tiles: _runs.Tiles, itemsize: int, arrays: int, threads: int) -> list[Launch]:
-    """Launches of a kernel of `_runs`, for channels or rows."""
+def _slab_of_columns(
+    samples: int, sizes: Sizes, span: int, grid: _columns.Grid, itemsize: int, arrays: int, threads: int
+) -> int:
+    """Channels of a sample that a task takes through all steps, in cache from the first to the last; 0 where that is
+    not possible or would leave threads idle, and all threads share each step instead."""
+    outer, channels, inner = sizes
+    channel_bytes = outer * inner * itemsize * arrays
+    level2, level3 = caches()
+    if in_one_task(samples * outer * channels * inner):
+        return channels
+    fitting = level2 // 2 // channel_bytes
+    if samples >= threads and fitting >= channels:
+        return channels
+    if grid[1] > 1:  # else rows may be folded: their channels stay together
+        line = LINE // itemsize
+        whole = span if span > 1 else line // math.gcd(line, inner)
+        slab = min(fitting, channels // -(-2 * threads // samples)) // whole * whole
+        if slab * inner * itemsize >= NARROWEST:
+            return slab
+    return channels if samples >= 2 * threads and channels * channel_bytes <= level3 // (2 * threads) else 0
+
+
+def of_runs(
+    steps: int, sizes: Sizes, span: int, tiles: _runs.Tiles, itemsize: int, arrays: int, threads: int
+) -> list[Launch]:
+    """Launches of a kernel of `_runs`, for channels or rows, of which `span` stay together."""
     outer, channels, inner = sizes
     size, blocks, parts = outer * channels * inner, tiles[3], tiles[4]
     if steps & SUMS and steps & WRITE:
-        slab = channels if in_one_task(size) else _slab(channels, outer * inner * itemsize * arrays, threads)
+        slab = channels
+        if not in_one_task(size):
+            slab = span * _slab(channels // span, span * outer * inner * itemsize * arrays, threads)
         if slab:
             return [Launch(steps, -(-channels // slab), slab, slab * inner)]
     some = max(1, min(_runs.PART_BLOCKS // blocks, channels // (4 * threads)))

@@ -80,9 +80,9 @@ def _row_line(numbers, row):
         sum_g_centred += row_g_centred[piece]
     if not centred:
         sum_g = 0.0
-    rest = mean[row] - rounded(x, mean[row])
-    sum_g_xhat = sum_times_xhat(rstd(var[row], eps), rest, sum_g, sum_g_centred)
-    line = gradient_line(x, mean[row], var[row], eps, 1.0, sum_g / cols, sum_g_xhat / cols)
+    factor, rest = rstd(var[row], eps), mean[row] - rounded(x, mean[row])
+    sum_g_xhat = sum_times_xhat(factor, rest, sum_g, sum_g_centred)
+    line = gradient_line(x, mean[row], factor, factor, sum_g / cols, sum_g_xhat / cols)
     return spread(x, line[0]), spread(x, line[1]), spread(x, line[2]), spread(x, line[3])
 
 

@@ -4,6 +4,9 @@ A row of (rows, cols) is a channel of (1, rows, cols), so that its statistics do
 What a row adds are gamma and beta by column: `by_run` and `by_column` are (gamma, mask of its index, beta, mask),
 where an absent one is a vector of ones or zeros with mask 0, read again and again.
 
+Where `span` channels share a statistic (GroupNorm) and lie in one run, the moments are those of a channel `span` times
+as long. Parameters belong to channels and repeat after `period` of them, those of a sample.
+
 The spec of the tiling, for one channel:
 
     for part in parts:                  PART_BLOCKS blocks; parts run in parallel where channels are few
@@ -200,15 +203,20 @@ def _merge_parts(outer, inner, tiles, part_mean, part_squares, mean, var, first,
 
 
 @compiled
-def normalizing_lines(x, mean, var, eps, parameters, lines, length, first, last):
+def normalizing_lines(x, mean, var, eps, parameters, span, period, lines, length, first, last):
     """The coefficients of channels first..last: `lines` holds `length` centres, then the scales, then the shifts."""
     gamma, gamma_mask, beta, beta_mask = parameters
-    for c in range(first, last):
-        gain, lift = element(gamma, c & gamma_mask), element(beta, c & beta_mask)
-        line = affine_line(x, element(mean, c), element(var, c), eps, gain, lift)
-        put(lines, c, line[0])
-        put(lines, length + c, line[1])
-        put(lines, 2 * length + c, line[2])
+    offset = first - first % period
+    for statistic in range(first // span, last // span):
+        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
+        top = statistic * span
+        offset += period if top - offset == period else 0
+        for c in range(top, top + span):
+            gain, lift = element(gamma, (c - offset) & gamma_mask), element(beta, (c - offset) & beta_mask)
+            line = affine_line(x, middle, factor, gain, lift)
+            put(lines, c, line[0])
+            put(lines, length + c, line[1])
+            put(lines, 2 * length + c, line[2])
 
 
 @compiled
@@ -240,12 +248,13 @@ _write_normalized = writer_of_runs(_normalizing_line, _normalized_whole, _normal
 @Kernel
 def forward(
     launcher, begin, end, x, y, outer, channels, inner, tiles, group, steps, part_mean, part_squares, mean, var,
-    centred, eps, by_run, lines, by_column, past_cache, ahead,
+    centred, eps, by_run, span, period, lines, by_column, past_cache, ahead,
 ):  # fmt: skip
+    """A channel here is what has a statistic: `span` channels with parameters of their own."""
     if launcher:
         hand_out(launcher, begin, end)
         return
-    arrays = (x, by_column[0], by_column[1], by_column[2], by_column[3])
+    arrays, length = (x, by_column[0], by_column[1], by_column[2], by_column[3]), channels * span
     for task in range(begin, end):
         first, last = task * group, least((task + 1) * group, channels)
         if steps & SUMS:
@@ -254,11 +263,11 @@ def forward(
         if steps & FINISH:
             _merge_parts(outer, inner, tiles, part_mean, part_squares, mean, var, first, last)
         if steps & COEFFICIENTS:
-            normalizing_lines(x, mean, var, eps, by_run, lines, channels, first, last)
+            normalizing_lines(x, mean, var, eps, by_run, span, period, lines, length, first * span, last * span)
         if steps & WRITE:
             for run in range(1 if steps == WRITE else outer):
                 at, upto = _stretch(y, task, steps, run, outer, channels, inner, group, begin, end)
-                _write_normalized(arrays, y, at, upto, channels, inner, (lines, channels), past_cache, ahead)
+                _write_normalized(arrays, y, at, upto, length, inner // span, (lines, length), past_cache, ahead)
     fence()
 
 
@@ -281,13 +290,14 @@ def _block_sums(dy, x, start, stride, runs, length, mean):
 
 
 @compiled
-def _sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, share):
+def _sums(dy, x, outer, channels, inner, tiles, mean, span, part_dy, part_dy_centred, share):
     """Sums of some blocks of some channels, added to those of their parts."""
     for block in range(share[2], share[3]):
         at, runs, length = _block(block, outer, channels, inner, tiles)
         for channel in range(share[0], share[1]):
             start = at + channel * inner
-            total_dy, centred = _block_sums(dy, x, start, channels * inner, runs, length, mean[channel])
+            middle = element(mean, channel // span)
+            total_dy, centred = _block_sums(dy, x, start, channels * inner, runs, length, middle)
             part = channel * tiles[4] + block // PART_BLOCKS
             if block % PART_BLOCKS > 0:
                 total_dy, centred = part_dy[part] + total_dy, part_dy_centred[part] + centred
@@ -295,32 +305,42 @@ def _sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, 
 
 
 @compiled
-def _add_parts(x, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last):
-    for c in range(first, last):
-        total_dy, centred = 0.0, 0.0
-        for part in range(c * parts, (c + 1) * parts):
-            total_dy += part_dy[part]
-            centred += part_dy_centred[part]
-        sum_dy[c] = total_dy
-        sum_dy_xhat[c] = sum_times_xhat(rstd(var[c], eps), mean[c] - rounded(x, mean[c]), total_dy, centred)
+def _add_parts(x, parts, part_dy, part_dy_centred, mean, var, eps, span, sum_dy, sum_dy_xhat, first, last):
+    for statistic in range(first // span, last // span):
+        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
+        for c in range(statistic * span, (statistic + 1) * span):
+            total_dy, centred = 0.0, 0.0
+            for part in range(c * parts, (c + 1) * parts):
+                total_dy += element(part_dy, part)
+                centred += element(part_dy_centred, part)
+            put(sum_dy, c, total_dy)
+            put(sum_dy_xhat, c, sum_times_xhat(factor, middle - rounded(x, middle), total_dy, centred))
 
 
 @compiled
-def gradient_lines(x, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, length, first, last):
+def gradient_lines(x, mean, var, eps, factors, span, period, sum_dy, sum_dy_xhat, count, lines, length, first, last):
     """The same: centres, scales, lifts, slopes, gains.
 
     A gamma is a factor of dx, or, where channels share their statistics, the gain of dy alone.
     """
     gamma, gamma_mask, gain, gain_mask = factors
-    for c in range(first, last):
-        mean_dy, mean_dy_xhat = element(sum_dy, c) / count, element(sum_dy_xhat, c) / count
-        factor = element(gamma, c & gamma_mask)
-        line = gradient_line(x, element(mean, c), element(var, c), eps, factor, mean_dy, mean_dy_xhat)
-        put(lines, c, line[0])
-        put(lines, length + c, line[1])
-        put(lines, 2 * length + c, line[2])
-        put(lines, 3 * length + c, line[3])
-        put(lines, 4 * length + c, element(gain, c & gain_mask))
+    offset = first - first % period
+    for statistic in range(first // span, last // span):
+        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
+        top, total_dy, total_dy_xhat = statistic * span, 0.0, 0.0
+        offset += period if top - offset == period else 0
+        for c in range(top, top + span):
+            weight = element(gain, (c - offset) & gain_mask)
+            total_dy += element(sum_dy, c) * weight
+            total_dy_xhat += element(sum_dy_xhat, c) * weight
+        for c in range(top, top + span):
+            scale = factor * element(gamma, (c - offset) & gamma_mask)
+            line = gradient_line(x, middle, factor, scale, total_dy / count, total_dy_xhat / count)
+            put(lines, c, line[0])
+            put(lines, length + c, line[1])
+            put(lines, 2 * length + c, line[2])
+            put(lines, 3 * length + c, line[3])
+            put(lines, 4 * length + c, element(gain, (c - offset) & gain_mask))
 
 
 @compiled
@@ -352,7 +372,7 @@ _write_gradient = writer_of_runs(_gradient_line, _gradient_whole, _gradient_part
 @Kernel
 def backward(
     launcher, begin, end, dy, x, dx, outer, channels, inner, tiles, group, steps, part_dy, part_dy_centred, mean, var,
-    eps, factors, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
+    eps, factors, span, period, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
 ):  # fmt: skip
     if launcher:
         hand_out(launcher, begin, end)
@@ -361,11 +381,13 @@ def backward(
         first, last = task * group, least((task + 1) * group, channels)
         if steps & SUMS:
             share = _share(task, steps, channels, group, tiles)
-            _sums(dy, x, outer, channels, inner, tiles, mean, part_dy, part_dy_centred, share)
+            _sums(dy, x, outer, channels, inner, tiles, mean, span, part_dy, part_dy_centred, share)
         if steps & FINISH:
-            _add_parts(x, tiles[4], part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last)
+            _add_parts(x, tiles[4], part_dy, part_dy_centred, mean, var, eps, span, sum_dy, sum_dy_xhat, first, last)
         if steps & COEFFICIENTS:
-            gradient_lines(x, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, channels, first, last)
+            gradient_lines(
+                x, mean, var, eps, factors, span, period, sum_dy, sum_dy_xhat, count, lines, channels, first, last
+            )  # fmt: skip
         if steps & WRITE:
             for run in range(1 if steps == WRITE else outer):
                 at, upto = _stretch(dx, task, steps, run, outer, channels, inner, group, begin, end)

@@ -52,22 +52,21 @@ def _largest(typing: Any, array: Any) -> Any:
 
 
 @compiled
-def affine_line(x: Any, mean: float, var: float, eps: float, gamma: float, beta: float) -> tuple[float, float, float]:
+def affine_line(x: Any, mean: float, rstd: float, gamma: float, beta: float) -> tuple[float, float, float]:
     """(centre, scale, shift) for `normalized`."""
     centre = rounded(x, mean)
-    scale = rounded(x, _bounded(rstd(var, eps) * gamma, _largest(x)))
+    scale = rounded(x, _bounded(rstd * gamma, _largest(x)))
     return centre, scale, rounded(x, beta - (mean - centre) * scale)
 
 
 @compiled
 def gradient_line(
-    x: Any, mean: float, var: float, eps: float, gamma: float, mean_dy: float, mean_dy_xhat: float
+    x: Any, mean: float, rstd: float, scale: float, mean_dy: float, mean_dy_xhat: float
 ) -> tuple[float, float, float, float]:
     """(centre, scale, lift, slope) for `input_gradient`."""
     centre = rounded(x, mean)
-    factor = rstd(var, eps)
-    lift, slope = _gradient_line(factor, mean - centre, mean_dy, mean_dy_xhat)
-    scale = _bounded(factor * gamma, _largest(x))
+    lift, slope = _gradient_line(rstd, mean - centre, mean_dy, mean_dy_xhat)
+    scale = _bounded(scale, _largest(x))
     return centre, rounded(x, scale), rounded(x, lift), rounded(x, _bounded(slope, _largest(x)))
 
 
