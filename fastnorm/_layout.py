@@ -476,7 +476,7 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
 # ---- the common case ------------------------------------------------------------------------------
 
 # Whether a call is of the common kind, in one look of 0.2 us: x exactly an ndarray, C-contiguous, aligned,
-# native float16, float32 or float64, not empty; gamma and beta None or of the accumulation dtype and shape
+# of a native floating dtype that kernels store, not empty; gamma and beta None or of the accumulation dtype and shape
 # (x.shape[axis],); for a backward also dout as x, of its dtype and shape; the caller's out likewise, writable, and
 # sharing no byte with the inputs. Nothing then needs converting or packing. `plain_channels` also takes channels that
 # lie last in memory, and gives the sizes of the channel view. Everything else, errors included, is worked out by the

@@ -8,6 +8,7 @@ from conftest import ISAS
 
 import fastnorm
 from fastnorm import _layout
+from fastnorm.bench.cases import DTYPES, dtype_of
 from fastnorm.ops import _arguments
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ extension is not built")
@@ -22,7 +23,8 @@ def arrays(shape, dtype, axis, memory=None):
     rng = np.random.default_rng(0)
     order = range(len(shape)) if memory is None else memory
     x, dout = (
-        rng.standard_normal([shape[axis] for axis in order]).astype(dtype).transpose(np.argsort(order)) for _ in "xd"
+        rng.standard_normal([shape[axis] for axis in order]).astype(dtype_of(dtype)).transpose(np.argsort(order))
+        for _ in "xd"
     )
     parameters = np.float64 if dtype == "float64" else np.float32
     return x, dout, rng.standard_normal(shape[axis]).astype(parameters), np.ones(shape[axis], parameters)
@@ -53,7 +55,7 @@ NHWC = (0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("given", ["both", "gamma", "beta", "none"])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("op", "shape", "axis", "memory"),
     [

@@ -10,6 +10,9 @@ namespace py = pybind11;
 
 namespace {
 
+// What kernels store: float16, ml_dtypes' bfloat16, float32, float64.
+constexpr const char* kStorage = "eEfd";
+
 // Exactly an ndarray, aligned, of one of these native dtypes.
 bool is_simple(py::handle object, const char* dtypes) {
   auto& api = py::detail::npy_api::get();
@@ -56,10 +59,10 @@ bool plain_parameters(const py::array& x, py::handle gamma, py::handle beta, py:
   return true;
 }
 
-// Whether x is a plain array (exactly ndarray, C-contiguous, aligned, native float16, float32 or float64, not
-// empty) and gamma and beta are each None or plain, of the accumulation dtype and shape (x.shape[axis],).
+// Whether x is a plain array (exactly ndarray, C-contiguous, aligned, native, of a dtype that kernels store, not empty)
+// and gamma and beta are each None or plain, of the accumulation dtype and shape (x.shape[axis],).
 bool plain(py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
-  if (!is_plain(x, "efd")) return false;
+  if (!is_plain(x, kStorage)) return false;
   const auto array = py::reinterpret_borrow<py::array>(x);
   if (axis < 0) axis += array.ndim();
   if (axis < 0 || axis >= array.ndim() || array.size() == 0) return false;
@@ -68,14 +71,14 @@ bool plain(py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
 
 // The same for a backward: dout is plain, too, and of x's dtype and shape.
 bool plain_backward(py::handle dout, py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
-  return plain(x, gamma, beta, axis) && is_simple(dout, "efd") &&
+  return plain(x, gamma, beta, axis) && is_simple(dout, kStorage) &&
          alike(py::reinterpret_borrow<py::array>(dout), py::reinterpret_borrow<py::array>(x));
 }
 
 // (outer, channels, inner) of an x of two dimensions or more that is plain, or would be were its channels not last
 // in memory; gamma and beta as for `plain`. Else None.
 py::object plain_channels(py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
-  if (!is_simple(x, "efd")) return py::none();
+  if (!is_simple(x, kStorage)) return py::none();
   const auto array = py::reinterpret_borrow<py::array>(x);
   if (axis < 0) axis += array.ndim();
   if (axis < 0 || axis >= array.ndim() || array.ndim() < 2 || array.size() == 0) return py::none();
@@ -92,7 +95,7 @@ py::object plain_channels(py::handle x, py::handle gamma, py::handle beta, py::s
 
 // The same for a backward: dout lies in memory as x does.
 py::object plain_channels_backward(py::handle dout, py::handle x, py::handle gamma, py::handle beta, py::ssize_t axis) {
-  if (!is_simple(dout, "efd") || !is_simple(x, "efd") ||
+  if (!is_simple(dout, kStorage) || !is_simple(x, kStorage) ||
       !alike(py::reinterpret_borrow<py::array>(dout), py::reinterpret_borrow<py::array>(x)))
     return py::none();
   return plain_channels(x, gamma, beta, axis);
@@ -117,7 +120,7 @@ bool apart(const py::array& out, py::handle other) {
       if (py::isinstance<py::array>(item.second) && !apart(out, item.second)) return false;
     return true;
   }
-  if (!is_simple(other, "efd")) return false;
+  if (!is_simple(other, kStorage)) return false;
   const auto array = py::reinterpret_borrow<py::array>(other);
   const auto bytes = extent(array);
   const char *begin = static_cast<const char*>(out.data()), *first = static_cast<const char*>(array.data());
@@ -127,7 +130,7 @@ bool apart(const py::array& out, py::handle other) {
 // Whether a result like x (plain, or as `plain_channels` takes it) can be written to out: an array of the same kind,
 // writable, and apart from x and the other inputs, each an array, None or a dictionary.
 bool plain_out(py::handle out, py::handle x, const py::args& others) {
-  if (!is_simple(out, "efd")) return false;
+  if (!is_simple(out, kStorage)) return false;
   const auto array = py::reinterpret_borrow<py::array>(out);
   if (!array.writeable() || !alike(array, py::reinterpret_borrow<py::array>(x)) || !apart(array, x)) return false;
   return std::all_of(others.begin(), others.end(), [&](py::handle other) { return apart(array, other); });
