@@ -52,6 +52,11 @@ constexpr std::size_t kLongBlock = std::size_t{8} << 20;
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
+// What a sample is to be counted as, in elements.
+std::size_t group_work(GroupShape shape) {
+  return shape.outer * shape.channels * shape.inner + kGroupWork * shape.groups;
+}
+
 }  // namespace
 
 Caches caches() {
@@ -93,7 +98,8 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   plan.stream = streams(elements * itemsize);
   plan.passes = 1;
   plan.slab = shape.channels;
-  if (elements < kSerial) return plan;
+  plan.serial = elements < kSerial;
+  if (plan.serial) return plan;
 
   // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well. Folded rows
   // are whole rows: their channels stay together.
@@ -121,8 +127,8 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   return plan;
 }
 
-std::size_t bundle_of(std::size_t samples, std::size_t elements) {
-  return std::min(samples, std::max(ceil_div(samples, kMaxGroups), ceil_div(kBundle, elements)));
+std::size_t bundle_of(GroupShape shape) {
+  return std::min(shape.samples, std::max(ceil_div(shape.samples, kMaxGroups), ceil_div(kBundle, group_work(shape))));
 }
 
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
@@ -133,14 +139,14 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   plan.stream = streams(shape.samples * elements * itemsize);
   plan.passes = 1;
   plan.slab = shape.channels;
-  if (shape.samples * elements < kSerial) return plan;
+  plan.serial = shape.samples * group_work(shape) < kSerial;
+  if (plan.serial) return plan;
 
   // As for single channels: slabs in half of a core's L2, if rows of a slab are long enough.
   const Cut cut = cut_channels(shape.sample());
   const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;
   if (in_l2 >= shape.channels) {
-    const std::size_t bundle = bundle_of(shape.samples, elements);
-    if (shape.outer == 1) plan.slab *= std::min(bundle, in_l2 / shape.channels);
+    if (shape.outer == 1) plan.slab *= std::min(bundle_of(shape), in_l2 / shape.channels);
     return plan;
   }
   const std::size_t narrowest =

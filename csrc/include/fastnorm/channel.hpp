@@ -277,7 +277,10 @@ struct ChannelCall {
   // of samples, in the order of memory.
   template <class Passes>
   void run(Passes passes) const {
-    const size_t slabs = this->slabs(), bundle = bundle_of(samples, size()), bundles = (samples + bundle - 1) / bundle;
+    const ChannelShape& one = geometry.shape;
+    const size_t slabs = this->slabs(),
+                 bundle = bundle_of({samples, one.outer, one.channels, one.inner, one.channels / span}),
+                 bundles = (samples + bundle - 1) / bundle;
     const size_t workers = static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
     Workspace<double> partials(sets * partial_doubles());
@@ -314,7 +317,7 @@ struct ChannelCall {
     const auto alone = [&](size_t task, int worker) { some(task, worker, SerialLoop{worker}); };
     if (plan.team)
       for (size_t task = 0; task < tasks; ++task) some(task, 0, ParallelLoop{});
-    else if (samples * size() < kSerial)
+    else if (plan.serial)
       SerialLoop{0}(tasks, alone);
     else
       parallel_for(tasks, alone);

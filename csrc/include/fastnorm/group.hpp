@@ -51,8 +51,7 @@ struct Group {
 
   static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
                        double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
-    const size_t bundle = bundle_of(shape.samples, shape.outer * shape.channels * shape.inner),
-                 bundles = (shape.samples + bundle - 1) / bundle;
+    const size_t bundle = bundle_of(shape), bundles = (shape.samples + bundle - 1) / bundle;
     const size_t channels = shape.channels;
     // Sums of each bundle of samples.
     const Workspace<double> partial(2 * bundles * channels);

@@ -42,8 +42,10 @@ constexpr std::size_t kChunkRows = 64;
 constexpr std::size_t kFoldedRow = 512;
 // Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves.
 constexpr std::size_t kNarrowestSlab = 1024;
-// Samples are taken in bundles of this many elements at least.
+// Samples are taken in bundles of this many elements at least, and a group counts as so many more: one of two channels
+// of 16 elements takes 30 to 40 ns.
 constexpr std::size_t kBundle = 1 << 14;
+constexpr std::size_t kGroupWork = 256;
 // A channel's elements are cut into at most this many groups: the units of parallel work.
 constexpr std::size_t kMaxGroups = 64;
 
@@ -66,6 +68,7 @@ struct ChannelPlan {
   std::size_t slab;    // channels whose second pass should find their data in cache
   bool team;           // all threads on one slab, split by groups; else a slab a thread
   bool stream;         // stores bypass the cache
+  bool serial;         // too little work to wake threads for
   std::size_t passes;  // times that each input comes from memory: 2 where no slab fits a cache
 };
 
@@ -76,8 +79,8 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
 // after the other.
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
-// Samples, of so many elements, that one task takes one after the other and whose sums are added up in that order.
-std::size_t bundle_of(std::size_t samples, std::size_t elements);
+// Samples that one task takes one after the other and whose sums are added up in that order.
+std::size_t bundle_of(GroupShape shape);
 
 struct RowPlan {
   bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
