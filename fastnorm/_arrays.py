@@ -61,8 +61,8 @@ def copy(target: Array, source: Array) -> None:
 def flat(array: Array, dtype: DType) -> Result:
     """The elements in index order as 1-D, contiguous, aligned and of `dtype`: the array itself where it is that."""
     found: Result = array
-    if array.dtype is dtype and array.ndim == 1 and array.flags.c_contiguous and array.flags.aligned:
-        return found
+    if array.dtype is dtype and array.flags.c_contiguous and array.flags.aligned:
+        return found if array.ndim == 1 else found.reshape(-1)
     if on_device(array):
         same = array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned
         found = (array if same else array.astype(dtype)).reshape(-1)

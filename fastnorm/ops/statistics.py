@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array, Axes
+from fastnorm._memory import empty_like
 from fastnorm.ops import _arguments
 
 
@@ -70,6 +72,32 @@ def _reduced_axes(axis: Any, ndim: int) -> Axes:
     return axes
 
 
+class _Reduction(NamedTuple):
+    """What reducing some axes of a shape gives."""
+
+    kept: Axes
+    lengths: tuple[int, ...]
+    """Of the kept axes."""
+    among: tuple[int, ...]
+    """The shape with the reduced axes of length one."""
+    values: int
+    """How many go into each result."""
+
+
+def _reduction(axis: Any, shape: tuple[int, ...]) -> _Reduction:
+    if axis is None or type(axis) is int or (type(axis) is tuple and set(map(type, axis)) == {int}):
+        return _known_reduction(axis, shape)
+    return _known_reduction(_reduced_axes(axis, len(shape)), shape)  # a bool would be found as the number it equals
+
+
+@lru_cache(maxsize=1024)
+def _known_reduction(axis: int | Axes | None, shape: tuple[int, ...]) -> _Reduction:
+    reduced = _reduced_axes(axis, len(shape))
+    kept = tuple(axis for axis in range(len(shape)) if axis not in reduced)
+    among = tuple(1 if axis in reduced else n for axis, n in enumerate(shape))
+    return _Reduction(kept, tuple(shape[axis] for axis in kept), among, math.prod(shape[axis] for axis in reduced))
+
+
 def moments(
     x: Any, axis: int | tuple[int, ...] | None = None, *, weights: Any = None, keepdims: bool = False,
     backend: str | None = None,
@@ -95,18 +123,18 @@ def moments(
     x = _layout.as_array("x", x)
     table = kernels_for(x, kernels(backend), backend)
     dtype = _layout.storage_dtype("x", x)
-    reduced = _reduced_axes(axis, x.ndim)
-    kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
-    lengths = tuple(x.shape[axis] for axis in kept)
-    mean, var = (_arrays.zeros(math.prod(lengths), x) for _ in range(2))
+    kept, lengths, among, count = _reduction(axis, x.shape)
+    statistics = math.prod(lengths)
     if x.size:
         view, (source,) = _layout.readable((x,), dtype, _layout.channel_view, kept)
+        mean, var = _arrays.pair(statistics, x)
         outer, channels, inner = view.sizes
         table.channel_moments(source, outer, channels, inner, mean, var)
         mean = _layout.to_index(mean, view.stats, lengths)
         var = _layout.to_index(var, view.stats, lengths)
-    shape = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape)) if keepdims else lengths
-    count = math.prod(x.shape[axis] for axis in reduced)
+    else:
+        mean, var = (_arrays.zeros(statistics, x) for _ in range(2))
+    shape = among if keepdims else lengths
     return Moments(count, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
 
 
@@ -115,9 +143,7 @@ def _weighted(x: Array, axis: Any, weights: Array, keepdims: bool) -> Moments:
     for name, array in (("x", x), ("weights", weights)):
         _layout.storage_dtype(name, array)
     reduced = _reduced_axes(axis, x.ndim)
-    padded = (1,) * (x.ndim - weights.ndim) + weights.shape
-    if len(padded) != x.ndim or any(n not in (1, length) for n, length in zip(padded, x.shape, strict=True)):
-        raise ValueError(f"weights: expected a shape that broadcasts to {x.shape}, got {weights.shape}")
+    _broadcast_axes("weights", weights.shape, x.shape)
     if weights.size and not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("weights: expected finite numbers of at least 0, got negative ones, NaN or Inf")
     among = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape))
@@ -216,6 +242,15 @@ def _slabs(array: Array, axis: int) -> Iterator[Array]:
         yield array[(slice(None),) * axis + (slice(start, start + step),)]
 
 
+@lru_cache(maxsize=1024)
+def _broadcast_axes(name: str, given: tuple[int, ...], shape: tuple[int, ...]) -> Axes:
+    """The axes along which an array of the given shape differs; ValueError where it does not broadcast to `shape`."""
+    padded = (1,) * (len(shape) - len(given)) + given
+    if len(padded) != len(shape) or any(n not in (1, length) for n, length in zip(padded, shape, strict=True)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {given}")
+    return tuple(axis for axis, n in enumerate(padded) if n != 1)
+
+
 def normalize(
     x: Any, mean: Any, var: Any, gamma: Any = None, beta: Any = None, eps: float = 1e-5, *,
     out: Array | None = None, backend: str | None = None,
@@ -236,10 +271,7 @@ def normalize(
     table = kernels_for(x, kernels(backend), backend)
     dtype = _layout.storage_dtype("x", x)
     mean = _layout.beside("mean", mean, x)
-    padded = (1,) * (x.ndim - mean.ndim) + mean.shape
-    if len(padded) != x.ndim or any(n not in (1, length) for n, length in zip(padded, x.shape, strict=True)):
-        raise ValueError(f"mean: expected a shape that broadcasts to {x.shape}, got {mean.shape}")
-    axes = tuple(axis for axis, n in enumerate(padded) if n != 1)
+    axes = _broadcast_axes("mean", mean.shape, x.shape)
     _, centre = _layout.parameter("mean", mean, x, axes, _layout.FLOAT64)
     var, spread = _layout.parameter("var", var, x, axes, _layout.FLOAT64)
     if centre is None or spread is None:
@@ -248,6 +280,11 @@ def normalize(
     gamma, scale = _layout.parameter("gamma", gamma, x, axes, accumulation)
     beta, shift = _layout.parameter("beta", beta, x, axes, accumulation)
     eps = _arguments.checked_eps(eps)
+    if out is None and len(axes) == 1 and (sizes := _layout.plain_channels(x, None, None, axes[0])) is not None:
+        out = empty_like(x)
+        outer, channels, inner = sizes
+        table.channel_apply(x, outer, channels, inner, centre, spread, eps, scale, shift, out)
+        return out
     if out is not None:
         others = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
         out = _layout.checked_out(out, x, dtype, others, may_be=x)
@@ -255,10 +292,11 @@ def normalize(
         return _arrays.handed(_arrays.empty_like(x, dtype) if out is None else out)
     plan = _layout.buffers((x,), dtype, dtype, out, _layout.channel_view, axes)
     view = plan.view
-    lengths = tuple(x.shape[axis] for axis in axes)
-    centre, spread, scale, shift = (
-        _layout.to_memory(values, view.params, lengths) for values in (centre, spread, scale, shift)
-    )
+    if view.params is not None:
+        lengths = tuple(x.shape[axis] for axis in axes)
+        centre, spread, scale, shift = (
+            _layout.to_memory(values, view.params, lengths) for values in (centre, spread, scale, shift)
+        )
     (source,) = plan.inputs
     outer, channels, inner = view.sizes
     table.channel_apply(source, outer, channels, inner, centre, spread, eps, scale, shift, plan.work)
