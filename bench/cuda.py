@@ -18,6 +18,7 @@ Prints a table, and writes it and the figures to bench/results/<gpu>.md and .jso
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import platform
@@ -155,6 +156,9 @@ def torch_calls(case: Case, given: Inputs, compiled: bool) -> dict[str, Call]:
             return function(x, (case.shape[-1],), gamma, beta, EPS)
         return function(x, None, None, gamma, beta, True, 0.1, EPS)
 
+    if compiled:
+        torch.compiler.reset()  # from the ninth variant of a function on it would be eager without a word
+        torch._functorch.config.donated_buffer = False  # the backward below is called more than once
     call = torch.compile(normalized, dynamic=False) if compiled else normalized
     leaves = [values.detach().to(dtype).requires_grad_() for values, dtype in
               ((given.x, given.x.dtype), (given.gamma, kept), (given.beta, kept))]  # fmt: skip
@@ -196,13 +200,20 @@ def variants(case: Case, given: Inputs, left_out: list[str]) -> dict[str, dict[s
     found = {}
     for name, make in makers.items():
         if name not in left_out:
-            try:
+            with reported(case, name):
                 found[name] = make()
-            except Exception as error:  # a peer that cannot take a case is reported, not fatal
-                if name == "fastnorm":
-                    raise
-                print(f"{case.name}: {name}: {error}", file=sys.stderr)
     return found
+
+
+@contextlib.contextmanager
+def reported(case: Case, name: str) -> Iterator[None]:
+    """A peer that cannot take a case is reported, not fatal."""
+    try:
+        yield
+    except Exception as error:
+        if name == "fastnorm":
+            raise
+        print(f"{case.name}: {name}: {error}", file=sys.stderr)
 
 
 # ---- right, and how fast --------------------------------------------------------------------------
@@ -343,8 +354,12 @@ def measured(case: Case, clock: Clock, device: str, level2: int, roofs: dict[str
     found = variants(case, given, options.without)
     rows = []
     for direction in ("forward", "backward"):
-        calls = {name: own[direction] for name, own in found.items() if direction in own}
-        errors = {name: error(case, call(), given, direction) for name, call in calls.items()}
+        calls, errors = {}, {}
+        for name, own in found.items():
+            if direction in own:
+                with reported(case, name):
+                    errors[name] = error(case, own[direction](), given, direction)
+                    calls[name] = own[direction]
         times = clock.in_turns(calls, options.rounds)
         floor = case.floor(direction, level2) / roofs["copy" if direction == "forward" else "add"] / 1e6
         rows.append(

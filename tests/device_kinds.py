@@ -378,7 +378,7 @@ class _Torch(Kind):
         if 0 in steps:
             block.copy_(torch.as_strided(torch.from_numpy(_block(raw)), (extent,), (1,)))
         else:
-            array.copy_(torch.from_numpy(np.ascontiguousarray(raw)))
+            array.copy_(torch.from_numpy(raw.copy()))  # writable, and 0-d stays 0-d
         return array.view(torch.bfloat16) if values.dtype.name == "bfloat16" else array
 
     def get(self, array: Any) -> Array:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import PACKAGE
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install fastnorm[cuda]")
 pytest.importorskip("ml_dtypes")
@@ -29,7 +30,11 @@ def simulated() -> dict[str, str]:
     """What is wrong with each case; Numba is a simulator or not for the whole of a process."""
     done = subprocess.run(
         [sys.executable, str(HERE / "cuda_simulated.py")],
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])},
+        env={
+            **os.environ,
+            "NUMBA_ENABLE_CUDASIM": "1",
+            "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path]),
+        },
         capture_output=True,
         text=True,
         timeout=600,

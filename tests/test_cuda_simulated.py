@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.skipif(find_spec("numba_cuda") is None, reason="numba-cuda is not installed: pip install '.[cuda]'")
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="this is the simulator already")
 def test_device_arrays_in_the_simulator():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", "cuda"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", "cuda"]
     done = subprocess.run(
         [*command, str(TESTS / "test_device_arrays.py")], capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(PACKAGE.parent), "PYTEST_ADDOPTS": ""},

@@ -352,7 +352,7 @@ def finish_moments(centred: bool) -> Kernel:
             read(means + (channel * parts + part) * 8, value, 0)
             n = min(rows, outer - chunk // pieces * rows) * min(length, inner - chunk % pieces * length)
             distance = value[0] - average
-            if distance != 0.0 and centred:
+            if centred:
                 spread += n * distance * distance
             read(squares + (channel * parts + part) * 8, value, 0)
             spread += value[0]
