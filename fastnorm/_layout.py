@@ -70,6 +70,14 @@ def common_storage(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]
     return FLOAT64 if FLOAT64 in (first, second) else FLOAT32
 
 
+def dtype_beside(dtype: np.dtype[Any], array: Array) -> np.dtype[Any]:
+    """A dtype as arrays have it where this one is: NumPy's bfloat16 and that of a device are two objects."""
+    if dtype.name != "bfloat16" or dtype == array.dtype:
+        return dtype
+    found: np.dtype[Any] = _device.BFLOAT16 if _device.on_device(array) else np.dtype("bfloat16")
+    return found
+
+
 def host_array(name: str, value: Any) -> Array:
     """`value` as a plain ndarray, without a copy where it is one; TypeError for what is not an array.
 

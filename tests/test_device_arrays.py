@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import ARRANGEMENTS, OPS, case, check_all, check_moments, gradients, rearranged, standard, truth
+from cases import ARRANGEMENTS, OPS, WRITABLE, case, check_all, check_moments, gradients, rearranged, standard, truth
 from device_kinds import KINDS, MODE, StandInBackend, bfloat16, devices
 from processes import run
 
 import fastnorm
 from fastnorm import BackendUnavailableError, _device, _dispatch
 from fastnorm.backends import KernelTable
+from fastnorm.bench.cases import dtype_of
 
 stand_in_only = pytest.mark.skipif(MODE != "stand-in", reason="looks at the stand-in for the cuda backend")
 FUSED = [name for name, op in OPS.items() if hasattr(fastnorm, f"{name}_forward")]
@@ -194,6 +195,109 @@ def test_empty_arrays(op, kind):
     dx, dgamma, *_ = this.op.backward(x, cache)
     assert kind.get(y).shape == kind.get(dx).shape == (0, 4)
     assert (kind.get(dgamma) == 0).all()
+
+
+# ---- dropout --------------------------------------------------------------------------------------
+
+
+def dropped(x, dout, param, **options):
+    """Result and gradient in host memory: the bits to have."""
+    out, cache = fastnorm.dropout_forward(x, param, backend="numpy", **options)
+    return out, fastnorm.dropout_backward(dout, cache, backend="numpy")
+
+
+def bits(values):
+    """Of all but what a NaN carries, which a GPU makes its own."""
+    return np.where(np.isnan(values), values.dtype.type(0.5), values).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("param", [{}, {"scale": "none"}, {"mode": "test", "scale": "none"}], ids=str)
+def test_dropout_has_the_bits_of_host_memory(param, dtype, kind):
+    if dtype == "bfloat16" and not kind.bfloat16():
+        pytest.skip(f"{kind.name} has no bfloat16")
+    rng, param = np.random.default_rng(3), {"p": 0.3, "seed": 1 << 63, **param}
+    x, dout = (rng.standard_normal((6, 7, 5)).astype(dtype_of(dtype)) for _ in range(2))
+    x[0, 0] = np.nan, np.inf, -np.inf, -0.0, 0.0
+    expected = dropped(x, dout, param)
+    out, cache = fastnorm.dropout_forward(kind.put(x), param)
+    found = out, fastnorm.dropout_backward(kind.put(dout), cache)
+    for have, want in zip(found, expected, strict=True):
+        assert type(have) is type(kind.put(x))
+        assert kind.get(have).dtype == want.dtype
+        assert bits(kind.get(have)) == bits(want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_of_any_layout(layout, kind):
+    values, param = np.random.default_rng(4).standard_normal((3, 4, 2, 5)).astype(np.float32), {"p": 0.5, "seed": 5}
+    arranged = ARRANGEMENTS[layout](values)
+    plain, _ = dropped(np.ascontiguousarray(arranged), values, param)
+    x = kind.put(arranged)
+    out, cache = fastnorm.dropout_forward(x, param)
+    np.testing.assert_array_equal(kind.get(out), plain)
+    np.testing.assert_array_equal(kind.get(fastnorm.dropout_backward(x, cache)), plain)
+    given = kind.put(np.ones_like(values))
+    assert fastnorm.dropout_forward(x, param, out=given)[0] is given
+    np.testing.assert_array_equal(kind.get(given), plain)
+    if layout in WRITABLE:
+        place = kind.put(ARRANGEMENTS[layout](np.ones_like(values)))
+        assert fastnorm.dropout_backward(kind.put(arranged), cache, out=place) is place
+        np.testing.assert_array_equal(kind.get(place), plain)
+        own = kind.put(ARRANGEMENTS[layout](arranged.copy()))
+        assert fastnorm.dropout_forward(own, param, out=own)[0] is own
+        np.testing.assert_array_equal(kind.get(own), plain)
+
+
+def test_dropout_of_other_dtypes_and_places(kind):
+    x, param = np.arange(1, 25).reshape(4, 6), {"p": 0.5, "seed": 6}
+    expected, _ = dropped(x.astype(float), x.astype(float), param)
+    out, cache = fastnorm.dropout_forward(kind.put(x), param)
+    assert kind.get(out).dtype == np.float64
+    np.testing.assert_array_equal(kind.get(out), expected)
+    for dtype in (np.float16, np.float32, np.int32):  # of dout; dx has x's
+        dx = kind.get(fastnorm.dropout_backward(kind.put(x.astype(dtype)), cache))
+        assert dx.dtype == np.float64
+        np.testing.assert_array_equal(dx, expected)
+    np.testing.assert_array_equal(fastnorm.dropout_backward(x, cache), expected)  # the mask is nowhere
+    _, on_host = fastnorm.dropout_forward(x.astype(np.float32), param)
+    dx = kind.get(fastnorm.dropout_backward(kind.put(x), on_host))
+    assert dx.dtype == np.float32
+    np.testing.assert_array_equal(dx, expected)
+    empty = kind.put(np.zeros((0, 3), np.float32))
+    out, cache = fastnorm.dropout_forward(empty, param)
+    assert kind.get(out).shape == kind.get(fastnorm.dropout_backward(empty, cache)).shape == (0, 3)
+
+
+def test_dropout_of_bfloat16_on_both_sides(kind):
+    if not kind.bfloat16():
+        pytest.skip(f"{kind.name} has no bfloat16")
+    x, param = X.astype(bfloat16()), {"p": 0.5, "seed": 6}
+    expected, _ = dropped(x, x, param)
+    _, there = fastnorm.dropout_forward(kind.put(x), param)
+    _, here = fastnorm.dropout_forward(x, param)
+    for dout in (x, X):
+        on_host = fastnorm.dropout_backward(dout, there)
+        on_device = kind.get(fastnorm.dropout_backward(kind.put(dout), here))
+        assert on_host.dtype == on_device.dtype == bfloat16()
+        assert on_host.tobytes() == on_device.tobytes() == expected.tobytes()
+
+
+def test_dropout_says_what_is_wrong(kind):
+    x, param = kind.put(X), {"p": 0.5}
+    with pytest.raises(ValueError, match=r"out: .*cuda:0.*host"):
+        fastnorm.dropout_forward(x, param, out=X.copy())
+    with pytest.raises(ValueError, match=r"out: .*host memory.*cuda:0"):
+        fastnorm.dropout_forward(X, param, out=kind.put(X.copy()))
+    with pytest.raises(ValueError, match="out: expected dtype float32"):
+        fastnorm.dropout_forward(x, param, out=kind.put(X.astype(np.float64)))
+    with pytest.raises(ValueError, match=r"backend: 'numpy'.*cuda:0"):
+        fastnorm.dropout_forward(x, param, backend="numpy")
+    _, cache = fastnorm.dropout_forward(x, param)
+    with pytest.raises(ValueError, match="dout: expected the shape of x"):
+        fastnorm.dropout_backward(kind.put(X.T.copy()), cache)
+    with pytest.raises(ValueError, match=r"backend: 'numpy'.*cuda:0"):
+        fastnorm.dropout_backward(x, cache, backend="numpy")
 
 
 # ---- NumPy arrays, because the caller says so ------------------------------------------------------

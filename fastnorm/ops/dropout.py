@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastnorm import _arrays, _layout
-from fastnorm._dispatch import kernels
+from fastnorm._device import on_device
+from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array
 from fastnorm._memory import empty_like
 from fastnorm.backends import KernelTable
@@ -53,7 +54,8 @@ def dropout_forward(
     Parameters
     ----------
     x : array of any shape
-        float16, bfloat16, float32 or float64, any strides; integers and bools are promoted to float64.
+        float16, bfloat16, float32 or float64, any strides; integers and bools are promoted to float64. Also one on a
+        CUDA device.
     dropout_param : dict
         p : the probability of keeping an element, above 0 and at most 1. (PyTorch's p is that of dropping one.)
         mode : 'train', the default, or 'test', where nothing is dropped.
@@ -80,7 +82,8 @@ def dropout_forward(
         table.dropout(x, x.size, 0, *draw, out)
         return out, DropoutCache(x.shape, x.dtype, draw)
 
-    x = _layout.host_array("x", x)
+    x = _layout.as_array("x", x)
+    table = kernels_for(x, table, backend)
     dtype = _layout.storage_dtype("x", x)
     if out is not None:
         out = _layout.checked_out(out, x, dtype, {"x": x}, may_be=x)
@@ -93,7 +96,7 @@ def dropout_backward(dout: Any, cache: DropoutCache, *, out: Array | None = None
     Parameters
     ----------
     dout : array of x's shape, any real dtype and strides
-    cache : from `dropout_forward`, of any backend
+    cache : from `dropout_forward`, of any backend, in host memory or on a device
     out : array to write dx to, of x's shape and result dtype. It may be dout itself; no other overlap.
     backend : as in `dropout_forward`.
 
@@ -115,7 +118,9 @@ def dropout_backward(dout: Any, cache: DropoutCache, *, out: Array | None = None
         table.dropout(dout, dout.size, 0, *draw, out)
         return out
 
-    dout = _layout.host_array("dout", dout)
+    dout = _layout.as_array("dout", dout)
+    table = kernels_for(dout, table, backend)
+    x_dtype = _layout.dtype_beside(x_dtype, dout)
     dtype = _layout.common_storage(x_dtype, _layout.storage_dtype("dout", dout))
     if dout.shape != shape:
         raise ValueError(f"dout: expected the shape of x, {shape}, got {dout.shape}")
@@ -134,14 +139,20 @@ def _masked(
 ) -> Array:
     """The kernel on an array of any layout, computed in `dtype`.
 
-    Where a kernel cannot address the elements of both arrays in index order, they are packed by the piece, in the
-    cache: nothing of the arrays' size is allocated, and memory is read and written once.
+    Where a kernel cannot address the elements of both arrays in index order, they are packed. In host memory by the
+    piece, in the cache: nothing of the arrays' size is allocated, and memory is read and written once. On a device,
+    where so many small launches would take longer, as a whole.
     """
     out = _arrays.empty_like(source, out_dtype) if out is None else out
-    if _layout.in_index_order(source, dtype) and _layout.in_index_order(out, dtype):
+    fits = _layout.in_index_order(source, dtype), _layout.in_index_order(out, dtype)
+    if all(fits) or on_device(source):
+        work = out if fits[1] else _arrays.empty(source.shape, dtype, source)
+        if not fits[0]:
+            _arrays.copy(work, source)
+            source = work
         if source.size:
-            table.dropout(source, source.size, 0, *draw, out)
-        return out
+            table.dropout(source, source.size, 0, *draw, work)
+        return _layout.deliver(work, out)
     buffer = _arrays.empty((min(source.size, _layout.PIECE),), dtype, source)
     for first, index in _layout.pieces(source.shape):
         values = source[index]
