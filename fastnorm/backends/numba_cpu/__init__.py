@@ -16,6 +16,7 @@ import numpy as np
 from fastnorm.backends import Array, flat
 from fastnorm.backends.numba_cpu import _columns, _dropout, _plan, _rows, _runs
 from fastnorm.backends.numba_cpu._launch import set_num_threads, threads
+from fastnorm.backends.numba_cpu._output import READ_AHEAD
 from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE
 
 ALL = SUMS | FINISH | COEFFICIENTS | WRITE
@@ -99,7 +100,7 @@ def _columns_forward(
     arguments = (*parts, mean, var, eps, parameters, lines, columns, _plan.past_cache(x.nbytes))
     for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 1, threads()):
         cut = launch.sample, *sizes, span, grid, launch.group
-        _columns.forward(x.size, launch.tasks, x, y, *cut, launch.steps, *arguments, launch.ahead)
+        _columns.forward(x.size, launch.tasks, x, y, *cut, launch.steps, *arguments)
 
 
 def _columns_backward(
@@ -119,7 +120,7 @@ def _columns_backward(
     )  # fmt: skip
     for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 2, threads()):
         cut = launch.sample, *sizes, span, grid, launch.group
-        _columns.backward(x.size, launch.tasks, dy, x, dx, *cut, launch.steps, *arguments, launch.ahead)
+        _columns.backward(x.size, launch.tasks, dy, x, dx, *cut, launch.steps, *arguments)
 
 
 def _runs_forward(
@@ -230,9 +231,10 @@ def channel_backward(
     )  # fmt: skip
 
 
-def _some_samples(samples: int, channels: int, *arrays: Array) -> Iterator[list[Array]]:
-    """The arrays' parts for so many samples at a time that what is kept of all their channels stays in cache."""
-    some = max(1, CHANNELS_AT_ONCE // channels)
+def _some_samples(samples: int, sizes: _plan.Sizes, *arrays: Array) -> Iterator[list[Array]]:
+    """The arrays' parts for so many samples at a time that what is kept of their channels, or runs, stays in cache."""
+    outer, channels, inner = sizes
+    some = max(1, CHANNELS_AT_ONCE // (channels if _by_columns(outer, inner) else outer * channels))
     for first in range(0, samples, some):
         yield [array.reshape(samples, -1)[first : first + some].reshape(-1) for array in arrays]
 
@@ -242,7 +244,7 @@ def group_forward(
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
     sizes = outer, channels, inner
-    for arrays in _some_samples(samples, outer * channels, _storage(x), _storage(y), mean, var):
+    for arrays in _some_samples(samples, sizes, _storage(x), _storage(y), mean, var):
         _samples_forward(sizes, groups, gamma, beta, eps, *arrays)
 
 
@@ -284,7 +286,7 @@ def group_backward(
     sizes = outer, channels, inner
     arrays = (_storage(dy), _storage(x), _plain(mean), _plain(var), _storage(dx))
     sum_dy[:], sum_dy_xhat[:] = 0.0, 0.0
-    for some in _some_samples(samples, outer * channels, *arrays):
+    for some in _some_samples(samples, sizes, *arrays):
         sums = _samples_backward(sizes, groups, gamma, eps, *some)
         with np.errstate(invalid="ignore", over="ignore"):
             totals = sums.sum(axis=1)
@@ -354,7 +356,7 @@ def row_backward(
             for first in range(part, min(part + _rows.PART_ROWS, rows), block):
                 last = min(first + block, part + _rows.PART_ROWS, rows)
                 launch(SUMS, pieces, first, last, last - first, 0)
-                launch(WRITE, -(-(last - first) * cols // _runs.PIECE), first, last, last - first, _plan.READ_AHEAD)
+                launch(WRITE, -(-(last - first) * cols // _runs.PIECE), first, last, last - first, READ_AHEAD)
     if dgamma is not None:
         launch(FINISH, -(-cols // _rows.STRIP), 0, rows, 1, 0)
 
@@ -364,5 +366,5 @@ def dropout(x: Array, n: int, first: int, seed: int, threshold: int, scale: floa
     seed = seed if seed < 1 << 63 else seed - (1 << 64)  # Numba would compile again for what exceeds an int64
     past_cache = _plan.past_cache(x.nbytes)
     _dropout.dropout(
-        n, -(-n // _dropout.PIECE), x, y, first, seed, threshold, float(scale), past_cache, _plan.READ_AHEAD
+        n, -(-n // _dropout.PIECE), x, y, first, seed, threshold, float(scale), past_cache, READ_AHEAD
     )  # fmt: skip

@@ -6,15 +6,15 @@ statistics of their own, which `span` adjacent channels share. The spec of the t
 
     for block of channels:              at most WIDTH columns
         for part of rows:               about PART elements; parts run in parallel where blocks are few
-            for chunk of rows:          CHUNK rows, exact two-pass per column, the chunk being in the cache
+            for chunk of rows:          CHUNK rows, exact two-pass, the chunk being in the cache: sums down the
+                                        columns, then of the columns that belong to one channel
             merge the chunks in order
-            merge the columns that belong to one channel, in order
         merge the parts in order
     merge the channels that share a statistic
 
-Where a row is shorter than WIDTH, `fold` rows that follow one another are worked on as one longer row, and their
-columns merged at the end: three channels would fill a fifth of a vector. The last rows of a part may not fill a
-folded row; they are worked on unfolded.
+Where a row is shorter than WIDTH, `fold` rows that follow one another are worked on as one longer row, with as many
+copies of each column: three channels would fill a fifth of a vector. The last rows of a part may not fill a folded
+row; they are worked on unfolded.
 """
 
 # mypy: ignore-errors
@@ -23,7 +23,7 @@ folded row; they are worked on unfolded.
 from __future__ import annotations
 
 from fastnorm.backends.numba_cpu._launch import Kernel, compiled
-from fastnorm.backends.numba_cpu._output import writer_of_columns
+from fastnorm.backends.numba_cpu._output import READ_AHEAD, writer_of_columns
 from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE, gradient_lines, normalizing_lines
 from fastnorm.backends.numba_cpu._scalars import (
     centred_squares,
@@ -51,6 +51,7 @@ from fastnorm.backends.numba_cpu._vectors import (
     scratch,
     spread4,
     store4,
+    total,
 )
 
 WIDTH = 512
@@ -106,6 +107,36 @@ def _section(section, rows, fold):
     return (0, folded, fold) if section == 0 else (folded * fold, rows - folded * fold, 1)
 
 
+@compiled
+def _collapse(sums, channels, inner, copies):
+    """From sums of columns to those of their channels, in place."""
+    width = channels * inner
+    for top in range(width, width * copies, width):
+        for j in range(width):
+            put(sums, j, element(sums, j) + element(sums, top + j))
+    if inner > 1:
+        zero = spread4(sums, 0.0)
+        for c in range(channels):
+            at, running = c * inner, zero
+            for i in range(0, inner, 4 * lanes(sums)):
+                running += load4(sums, at + i, inner - i, zero)
+            put(sums, c, total(running))
+
+
+@compiled
+def _expand(values, channels, inner, copies):
+    """From values of channels to those of their columns, in place."""
+    width = channels * inner
+    if inner > 1:
+        for c in range(channels - 1, -1, -1):
+            value = element(values, c)
+            for j in range(c * inner, (c + 1) * inner):
+                put(values, j, value)
+    for top in range(width, width * copies, width):
+        for j in range(width):
+            put(values, top + j, element(values, j))
+
+
 # ---- forward ---------------------------------------------------------------------------------------
 
 
@@ -142,46 +173,41 @@ _squares = _sum_down(_squared)
 
 
 @compiled
-def _matrix_moments(x, start, stride, rows, columns, mean, squares):
-    """Mean and centred squares of each column of a matrix; a chunk's first row is the pivot."""
-    zero = spread4(x, 0.0)
+def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean, squares, into):
+    """Merge the moments of a matrix's channels into those of `seen` elements before; a chunk's first value of a channel
+    is the pivot."""
+    columns, zero = channels * inner * copies, spread4(x, 0.0)
     centre, sums, chunk_mean = scratch(x), scratch(x), scratch(mean)
     for chunk in range(0, rows, CHUNK):
-        count = least(CHUNK, rows - chunk)
-        top = start + chunk * stride
-        share = count / (chunk + count)
+        height = least(CHUNK, rows - chunk)
+        top, count = start + chunk * stride, height * inner * copies
+        share = count / (seen + count)
         for j in range(0, columns, 4 * lanes(x)):
             store4(centre, j, load4(x, top + j, columns - j, zero), SCRATCH)
-        _deviations(x, top, stride, count, columns, centre, sums)
-        for j in range(columns):
-            exact = element(centre, j) + element(sums, j) / count
-            put(chunk_mean, j, exact)
-            put(centre, j, exact)
-        _squares(x, top, stride, count, columns, centre, sums)
-        for j in range(columns):
-            exact = element(chunk_mean, j)
-            more = centred_squares(element(sums, j), count, exact - element(centre, j))
-            if chunk > 0:
-                more = merged_squares(element(mean, j), element(squares, j), exact, more, chunk, share)
-                exact = merged_mean(element(mean, j), exact, share)
-            put(mean, j, exact)
-            put(squares, j, more)
-
-
-@compiled
-def _merge_columns(mean, squares, rows, seen, inner, channels, fold, first, into_mean, into_squares):
-    """Merge the columns of each channel into its place; `seen` elements of it are there already."""
-    for channel in range(channels):
-        count, target = seen, first + channel
-        for copy in range(fold):
-            for i in range(inner):
-                j = (copy * channels + channel) * inner + i
-                share = rows / (count + rows)
-                squares_there = into_squares[target] if count > 0 else 0.0
-                mean_there = into_mean[target] if count > 0 else 0.0
-                into_squares[target] = merged_squares(mean_there, squares_there, mean[j], squares[j], count, share)
-                into_mean[target] = merged_mean(mean_there, mean[j], share)
-                count += rows
+        if inner > 1:
+            for c in range(channels):
+                put(centre, c, element(centre, c * inner))
+        for c in range(channels):
+            put(chunk_mean, c, element(centre, c))
+        _expand(centre, channels, inner, copies)
+        _deviations(x, top, stride, height, columns, centre, sums)
+        _collapse(sums, channels, inner, copies)
+        for c in range(channels):
+            exact = element(chunk_mean, c) + element(sums, c) / count
+            put(chunk_mean, c, exact)
+            put(centre, c, exact)
+        _expand(centre, channels, inner, copies)
+        _squares(x, top, stride, height, columns, centre, sums)
+        _collapse(sums, channels, inner, copies)
+        for c in range(channels):
+            exact = element(chunk_mean, c)
+            more = centred_squares(element(sums, c), count, exact - rounded(x, exact))
+            if seen > 0:
+                more = merged_squares(element(mean, into + c), element(squares, into + c), exact, more, seen, share)
+                exact = merged_mean(element(mean, into + c), exact, share)
+            put(mean, into + c, exact)
+            put(squares, into + c, more)
+        seen += count
 
 
 @compiled
@@ -196,14 +222,11 @@ def _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squar
     _, _, fold, part_rows, parts = grid
     row, into = part * part_rows, (sample * parts + part) * channels + first
     rows = least(part_rows, outer - row)
-    mean, squares = scratch(part_mean), scratch(part_mean)
     for section in range(2):
         above, folded, copies = _section(section, rows, fold)
-        if folded > 0:
-            top = ((sample * outer + row + above) * channels + first) * inner
-            width = channels * inner * copies
-            _matrix_moments(x, top, width, folded, group * inner * copies, mean, squares)
-            _merge_columns(mean, squares, folded, above * inner, inner, group, copies, into, part_mean, part_squares)
+        top = ((sample * outer + row + above) * channels + first) * inner
+        stride, seen = channels * inner * copies, above * inner
+        _matrix_moments(x, top, stride, folded, group, inner, copies, seen, part_mean, part_squares, into)
 
 
 @compiled
@@ -245,24 +268,26 @@ def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, 
     room = width * fold + ROOM
     for kind in range(kinds):
         of_channels, of_columns = (kind * samples + sample) * channels, (kind * samples + sample) * room
-        for c in range(first, last):
-            value = element(lines, of_channels + c)
-            for i in range(c * inner, (c + 1) * inner):
-                for j in range(i, room, width):
+        for row in range(0, room, width):
+            for c in range(first, last):
+                value = element(lines, of_channels + c)
+                for j in range(row + c * inner, least(row + (c + 1) * inner, room)):
                     put(columns, of_columns + j, value)
 
 
 @compiled
-def _written(steps, outer, channels, inner, first, last, part):
-    """(first element, elements, how often, a row apart) of what a task writes of a sample: a band of it, the last
-    first, since it was read last; or its rows, or its channels in each of them."""
+def _written(steps, outer, channels, inner, first, last, part, past_cache):
+    """(first element, elements, how often a row apart, elements to what is fetched meanwhile) of what a task writes of
+    a sample: a band of it, the last first, since it was read last; or its rows, or its channels in each of them."""
     size = outer * channels * inner
     if steps == WRITE:
         at = (-(-size // BAND) - 1 - part) * BAND
-        return at, least(BAND, size - at), 1
+        return at, least(BAND, size - at), 1, READ_AHEAD
+    following = last if last < channels else channels * outer
+    ahead = (following - first) * inner if past_cache else READ_AHEAD
     if last - first == channels:
-        return 0, size, 1
-    return first * inner, (last - first) * inner, outer
+        return 0, size, 1, ahead
+    return first * inner, (last - first) * inner, outer, ahead
 
 
 @compiled
@@ -288,7 +313,7 @@ _write_normalized = writer_of_columns(_normalized_whole, _normalized_part)
 @Kernel
 def forward(
     launcher, begin, end, x, y, first_sample, outer, channels, inner, span, grid, group, steps, part_mean,
-    part_squares, mean, var, eps, parameters, lines, columns, past_cache, ahead,
+    part_squares, mean, var, eps, parameters, lines, columns, past_cache,
 ):  # fmt: skip
     """lines, columns: room for three coefficients a channel, and a column of a folded row and a line more, of each
     sample."""
@@ -315,7 +340,7 @@ def forward(
             )  # fmt: skip
             _lines_of_columns(lines, 3, sample, channels, inner, grid[2], first, last, columns)
         if steps & WRITE:
-            at, count, rows = _written(steps, outer, channels, inner, first, last, part)
+            at, count, rows, ahead = _written(steps, outer, channels, inner, first, last, part, past_cache)
             arrays = (x, columns, length, sample * (period + ROOM))
             for row in range(rows):
                 top = start + at + row * channels * inner
@@ -327,9 +352,9 @@ def forward(
 
 
 @compiled
-def _matrix_sums(dy, x, start, stride, rows, columns, centre, sum_dy, sum_dy_centred):
-    """Add sum(dy) and sum(dy*(x - centre)) of each column; float32 chains end after CHUNK rows."""
-    zero = spread4(x, 0.0)
+def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, sum_dy, sum_dy_centred, into):
+    """Add sum(dy) and sum(dy*(x - centre)) of each channel; float32 chains end after CHUNK rows."""
+    columns, zero = channels * inner * copies, spread4(x, 0.0)
     chunk_dy, chunk_dy_centred = scratch(x), scratch(x)
     for first in range(0, rows, TOGETHER):
         last = least(first + TOGETHER, rows)
@@ -346,9 +371,11 @@ def _matrix_sums(dy, x, start, stride, rows, columns, centre, sum_dy, sum_dy_cen
             store4(chunk_dy, j, running_dy, SCRATCH)
             store4(chunk_dy_centred, j, running, SCRATCH)
         if last % CHUNK == 0 or last == rows:
-            for j in range(columns):
-                put(sum_dy, j, element(sum_dy, j) + element(chunk_dy, j))
-                put(sum_dy_centred, j, element(sum_dy_centred, j) + element(chunk_dy_centred, j))
+            _collapse(chunk_dy, channels, inner, copies)
+            _collapse(chunk_dy_centred, channels, inner, copies)
+            for c in range(channels):
+                put(sum_dy, into + c, element(sum_dy, into + c) + element(chunk_dy, c))
+                put(sum_dy_centred, into + c, element(sum_dy_centred, into + c) + element(chunk_dy_centred, c))
 
 
 @compiled
@@ -356,25 +383,17 @@ def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy,
     """Sums of a block of channels over a part of the rows of a sample, into the part's row of the part arrays."""
     _, _, fold, part_rows, parts = grid
     row, into = part * part_rows, (sample * parts + part) * channels + first
-    rows, columns = least(part_rows, outer - row), group * inner
-    centre, sum_dy, sum_dy_centred = scratch(x), scratch(mean), scratch(mean)
+    rows, centre = least(part_rows, outer - row), scratch(x)
     for c in range(group):
-        middle = element(mean, (sample * channels + first + c) // span)
-        for copy in range(fold):
-            for j in range(copy * columns + c * inner, copy * columns + (c + 1) * inner):
-                centre[j], sum_dy[j], sum_dy_centred[j] = middle, 0.0, 0.0
+        put(centre, c, element(mean, (sample * channels + first + c) // span))
+        put(part_dy, into + c, 0.0)
+        put(part_dy_centred, into + c, 0.0)
+    _expand(centre, group, inner, fold)
     for section in range(2):
         above, folded, copies = _section(section, rows, fold)
         top = ((sample * outer + row + above) * channels + first) * inner
-        width = channels * inner * copies
-        _matrix_sums(dy, x, top, width, folded, columns * copies, centre, sum_dy, sum_dy_centred)
-    for c in range(group):
-        total_dy, centred = 0.0, 0.0
-        for copy in range(fold):
-            for j in range(copy * columns + c * inner, copy * columns + (c + 1) * inner):
-                total_dy += sum_dy[j]
-                centred += sum_dy_centred[j]
-        part_dy[into + c], part_dy_centred[into + c] = total_dy, centred
+        stride = channels * inner * copies
+        _matrix_sums(dy, x, top, stride, folded, group, inner, copies, centre, part_dy, part_dy_centred, into)
 
 
 @compiled
@@ -426,7 +445,7 @@ _write_gradient = writer_of_columns(_gradient_whole, _gradient_part)
 @Kernel
 def backward(
     launcher, begin, end, dy, x, dx, first_sample, outer, channels, inner, span, grid, group, steps, part_dy,
-    part_dy_centred, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache, ahead,
+    part_dy_centred, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache,
 ):  # fmt: skip
     """lines, columns: as in `forward`, for five coefficients."""
     if launcher:
@@ -459,7 +478,7 @@ def backward(
             )  # fmt: skip
             _lines_of_columns(lines, 5, sample, channels, inner, grid[2], first, last, columns)
         if steps & WRITE:
-            at, written, rows = _written(steps, outer, channels, inner, first, last, part)
+            at, written, rows, ahead = _written(steps, outer, channels, inner, first, last, part, past_cache)
             arrays = (dy, x, columns, length, sample * (period + ROOM))
             for row in range(rows):
                 top = start + at + row * channels * inner

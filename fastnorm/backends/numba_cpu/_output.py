@@ -17,6 +17,9 @@ from fastnorm.backends.numba_cpu._launch import compiled
 from fastnorm.backends.numba_cpu._scalars import least
 from fastnorm.backends.numba_cpu._vectors import begun, choose, lanes, spread, store, store_part
 
+READ_AHEAD = 256
+"""Elements that are fetched ahead in the stream itself, where no next slab is known."""
+
 
 @compiled
 def line_start(out, at, lowest):

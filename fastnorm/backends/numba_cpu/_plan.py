@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from fastnorm.backends.numba_cpu import _columns, _runs
 from fastnorm.backends.numba_cpu._launch import PARALLEL_FROM
+from fastnorm.backends.numba_cpu._output import READ_AHEAD
 from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE
 
 Sizes = tuple[int, int, int]
 
-READ_AHEAD = 256
-"""Elements that are fetched ahead in the stream itself, where no next slab is known."""
 LINE = 64
 NARROWEST = 1 << 10
 """Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves."""
@@ -52,8 +51,8 @@ class Launch(NamedTuple):
     tasks: int
     group: int
     """Channels of a task."""
-    ahead: int
-    """Elements that are fetched ahead while the output is written."""
+    ahead: int = 0
+    """Elements that are fetched ahead while runs are written."""
     sample: int = 0
     """The first sample that it works on."""
 
@@ -67,19 +66,18 @@ def of_columns(
     if steps & SUMS and steps & WRITE:
         slab = _slab_of_columns(samples, sizes, span, grid, itemsize, arrays, threads)
         if slab:
-            slabs = -(-channels // slab)
-            return [Launch(steps, samples * slabs, slab, slab * inner if slabs > 1 else size)]
+            return [Launch(steps, samples * -(-channels // slab), slab)]
     together = -(-group // span) * span
     groups, bands = -(-channels // together), -(-size // _columns.BAND)
     # So many samples at a time that they stay in cache between the steps, if one does.
     some = min(samples, max(1, caches()[1] // 2 // (size * itemsize * arrays)))
     return [
-        Launch(steps & part, min(some, samples - first) * tasks, channels_of_a_task, ahead, first)
+        Launch(steps & part, min(some, samples - first) * tasks, channels_of_a_task, sample=first)
         for first in range(0, samples, some)
-        for part, tasks, channels_of_a_task, ahead in (
-            (SUMS, blocks * parts, group, 0),
-            (FINISH | COEFFICIENTS, groups, together, 0),
-            (WRITE, bands, channels, READ_AHEAD),
+        for part, tasks, channels_of_a_task in (
+            (SUMS, blocks * parts, group),
+            (FINISH | COEFFICIENTS, groups, together),
+            (WRITE, bands, channels),
         )
         if steps & part
     ]
