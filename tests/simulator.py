@@ -128,17 +128,14 @@ def install() -> None:
     kernelapi.FakeCUDAShared = _Shared
 
 
-def small_blocks(patch: pytest.MonkeyPatch, *, block: int = 32, backward_elements: int = 4, chunk: int = 256) -> None:
-    """Plans of few threads, registers and elements: every way through the kernels is taken by some thousand elements.
-
-    block: threads of a block of the channel family. A row has at most 64.
-    """
+def small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Plans of few threads, registers and elements: some hundred elements take every way through the kernels."""
     from fastnorm.backends.numba_cuda import _plan, _rows, _runs, kernels
 
     for module, name, value in (
-        (_plan, "BLOCK", block), (_plan, "FORWARD_BLOCK", 64), (_plan, "BACKWARD_BLOCK", 64),
-        (_plan, "MOST_THREADS", 64), (_plan, "FORWARD_ELEMENTS", 8), (_plan, "BACKWARD_ELEMENTS", backward_elements),
-        (_plan, "CHUNK", chunk), (_rows, "SLICES", 2), (_runs, "FINISHED", 2), (kernels, "FINISH_THREADS", 64),
+        (_plan, "BLOCK", 32), (_plan, "FORWARD_BLOCK", 64), (_plan, "BACKWARD_BLOCK", 64), (_plan, "MOST_THREADS", 64),
+        (_plan, "FORWARD_ELEMENTS", 8), (_plan, "BACKWARD_ELEMENTS", 4), (_plan, "CHUNK", 256), (_plan, "BLOCKS", 4),
+        (_rows, "SLICES", 2), (_runs, "FINISHED", 2), (kernels, "FINISH_THREADS", 64),
     ):  # fmt: skip
         patch.setattr(module, name, value)
     # Its shared memory is of SLICES: one made for these plans serves them alone.

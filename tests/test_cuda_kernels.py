@@ -1,55 +1,20 @@
-"""The CUDA kernels without a GPU: run in Numba's simulator, compiled to PTX, and to machine code where ptxas is."""
+"""The CUDA kernels without a GPU: compiled to PTX, and to machine code where ptxas is; their plans."""
 
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import PACKAGE
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install fastnorm[cuda]")
-pytest.importorskip("ml_dtypes")
 
-HERE = Path(__file__).parent
 PTXAS = shutil.which("ptxas") or shutil.which("ptxas", path="/usr/local/cuda/bin")
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
-
-
-# ---- the simulator ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def simulated() -> dict[str, str]:
-    """What is wrong with each case; Numba is a simulator or not for the whole of a process."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "cuda_simulated.py")],
-        env={
-            **os.environ,
-            "NUMBA_ENABLE_CUDASIM": "1",
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
-
-
-@pytest.mark.parametrize("family", ["channel", "row", "group", "pieces", "slabs", "hostile", "dropout"])
-def test_simulated_kernels_give_the_references_results(family: str, simulated: dict[str, str]) -> None:
-    """Every storage type, vectors and single elements, warps and blocks, in place, with and without parameters."""
-    found = {name: problem for name, problem in simulated.items() if name.startswith(family)}
-    assert len(found) >= 2
-    assert not {name: problem for name, problem in found.items() if problem.strip()}
 
 
 # ---- the compiler -----------------------------------------------------------------------------------

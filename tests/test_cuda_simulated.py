@@ -1,4 +1,4 @@
-"""The public functions on the cuda backend in Numba's simulator: a process of its own, since it is chosen at import."""
+"""What of the cuda backend runs in Numba's simulator: in processes of its own, since it is chosen at Numba's import."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(find_spec("numba_cuda") is None, reason="numba-cuda is not installed: pip install '.[cuda]'")
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="this is the simulator already")
-def test_device_arrays_in_the_simulator():
+@pytest.mark.parametrize("file", ["test_device_arrays.py", "test_cuda_contract.py"])
+def test_in_the_simulator(file):
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", "cuda"]
     done = subprocess.run(
-        [*command, str(TESTS / "test_device_arrays.py")], capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(PACKAGE.parent), "PYTEST_ADDOPTS": ""},
-        cwd=TESTS.parent,
+        [*command, str(TESTS / file)], capture_output=True, text=True, timeout=600, check=False, cwd=TESTS.parent,
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert " passed" in done.stdout

@@ -20,6 +20,8 @@ FORWARD_BLOCK, BACKWARD_BLOCK = 128, 256
 """Threads of a block of several rows, a warp each."""
 BLOCK = 256
 """Threads of a block of the channel family."""
+BLOCKS = 512
+"""That fill a large device."""
 
 
 def width(itemsize: int, length: int, *addresses: int) -> int:
@@ -80,9 +82,9 @@ def _whole(pieces: int, vectors: int) -> int:
 
 
 def _part(rows: int, teams: int) -> int:
-    """Rows of a block: 512 blocks fill a large device, and their dgamma and dbeta are a few percent of the memory
+    """Rows of a block: BLOCKS fill a large device, and their dgamma and dbeta are a few percent of the memory
     that is moved; from 32 rows a team on there are more blocks rather than longer ones."""
-    return max(1, min(32, rows // (512 * teams))) * teams
+    return max(1, min(32, rows // (BLOCKS * teams))) * teams
 
 
 class Runs(NamedTuple):
@@ -139,7 +141,7 @@ def columns(outer: int, columns: int, width: int) -> Columns:
     across = min(WARP, vectors)
     down = BLOCK // across
     tiles = -(-vectors // across)
-    rows = down * max(4, min(64, outer * tiles // (1024 * down)))
+    rows = down * max(4, min(64, outer * tiles // (2 * BLOCKS * down)))
     return Columns(width, across, down, rows, tiles, -(-outer // rows), BLOCK)
 
 

@@ -1,56 +1,36 @@
-"""The cuda backend's kernels on hostile data, in Numba's simulator on host memory; nothing is written beside an array.
+"""The cuda backend's kernels in Numba's simulator on host memory: the results of the plain formulas, also on hostile
+data, and nothing written beside an array. `test_cuda_simulated.py` starts this in a process with the simulator.
 
-The simulator has to be chosen before Numba is imported (NUMBA_ENABLE_CUDASIM=1). Where it was not, one test runs this
-file again with it. A simulated thread is a Python thread: blocks and arrays are small.
+Plans are of small blocks (`simulator.small_blocks`), so that the shapes below take every way through the kernels.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import simulator
 from kernel_truth import check, computed_in, kernel_inputs, plain_formulas
-from processes import PACKAGE
 
-from fastnorm.bench.cases import dtype_of
+from fastnorm.bench.cases import DTYPES, dtype_of
+from fastnorm.reference import kernels as reference
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip("numba-cuda is not installed", allow_module_level=True)
-if SIMULATED:
-    from fastnorm.backends.numba_cuda import kernels
+if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+    pytest.skip("runs in the simulator, which test_cuda_simulated.py starts", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install '.[cuda]'")
+
+from fastnorm.backends.numba_cuda import _launch, kernels
 
 # Kernels make NaN of Inf without a word, NumPy's numbers in the simulator don't.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(invalid value|overflow):RuntimeWarning")
-simulated = pytest.mark.skipif(not SIMULATED, reason="runs in the simulator, which test_in_the_simulator starts")
 EPS = 1e-5
-
-
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
-def test_in_the_simulator():
-    """The rest of this file, where Numba was imported without the simulator."""
-    here = Path(__file__)
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""}
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)],
-        env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    if SIMULATED:
-        simulator.small_blocks(monkeypatch)
+    simulator.small_blocks(monkeypatch)
 
 
 class Memory:
@@ -99,6 +79,20 @@ def _of_channels(shape, x, dy, gamma, beta, shift=0):
     return found | _run("channel_backward", arguments, {"dx": dx, **sums}, shift)
 
 
+def _of_channels_in_pieces(shape, x, dy, gamma, beta):
+    outer, channels, inner = shape
+    mean, var, sum_dy, sum_dy_xhat = (_unset(channels) for _ in range(4))
+    found = _run("channel_moments", (x, *shape, mean, var), {"mean": mean, "var": var})
+    mean, var = found["mean"].copy(), found["var"].copy()
+    y, dx = np.zeros_like(x), np.zeros_like(x)
+    found |= _run("channel_apply", (x, *shape, mean, var, EPS, gamma, beta, y), {"y": y})
+    sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
+    found |= _run("channel_backward_reduce", (dy, x, *shape, mean, var, EPS, sum_dy, sum_dy_xhat), sums)
+    sums = found["sum_dy"].copy(), found["sum_dy_xhat"].copy()
+    arguments = (dy, x, *shape, mean, var, EPS, gamma, *sums, float(outer * inner), dx)
+    return found | _run("channel_backward_apply", arguments, {"dx": dx})
+
+
 def _of_groups(shape, x, dy, gamma, beta, shift=0):
     samples, _, channels, _, groups = shape
     y, dx = np.zeros_like(x), np.zeros_like(x)
@@ -110,12 +104,12 @@ def _of_groups(shape, x, dy, gamma, beta, shift=0):
     return found | _run("group_backward", arguments, {"dx": dx, "sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}, shift)
 
 
-def _of_rows(shape, x, dy, gamma, beta, shift=0):
+def _of_rows(shape, x, dy, gamma, beta, shift=0, centred=True):
     y, dx = np.zeros_like(x), np.zeros_like(x)
     mean, var, dgamma, dbeta = (_unset(n) for n in (shape[0], shape[0], shape[1], shape[1]))
-    arguments = (x, *shape, gamma, beta, EPS, y, mean, var)
-    found = _run("row_forward", arguments, {"y": y, "mean": mean, "var": var}, shift)
-    mean, var = found["mean"].copy(), found["var"].copy()
+    outputs = {"y": y, "var": var} | ({"mean": mean} if centred else {})
+    found = _run("row_forward", (x, *shape, gamma, beta, EPS, y, mean if centred else None, var), outputs, shift)
+    mean, var = found["mean"].copy() if centred else None, found["var"].copy()
     arguments = (dy, x, *shape, mean, var, EPS, gamma, dx, dgamma, dbeta)
     return found | _run("row_backward", arguments, {"dx": dx, "sum_dy_xhat": dgamma, "sum_dy": dbeta}, shift)
 
@@ -138,36 +132,95 @@ def _apart(family, shape):
 FAMILIES = {"channels": _of_channels, "groups": _of_groups, "rows": _of_rows}
 
 
-def _checked(family, shape, dtype, given=None, **options):
+def _checked(family, shape, dtype, given=None, centred=True, **options):
     x, dy, gamma, beta = given or _inputs(family, shape, dtype)
+    options |= {} if centred else {"centred": False}
     found = FAMILIES[family](shape, x, dy, gamma, beta, **options)
     apart, of_parameters, axes, parameter_axes = _apart(family, shape)
     channels = shape[2] if family == "groups" else shape[1]
     gamma, beta = (np.full(channels, absent) if a is None else a for a, absent in ((gamma, 1.0), (beta, 0.0)))
     expected = plain_formulas(
         x.reshape(apart), dy.reshape(apart), gamma.reshape(of_parameters), beta.reshape(of_parameters), axes,
-        parameter_axes, EPS, computed_in(dtype),
+        parameter_axes, EPS, computed_in(dtype), centred,
     )  # fmt: skip
     check(found, expected, dtype_of(dtype), computed_in(dtype), x.size)
     return found
 
 
 SHAPES = [
-    ("channels", (3, 2, 100)), ("channels", (20, 8, 1)), ("rows", (3, 64)), ("rows", (2, 136)),
+    ("channels", (3, 2, 100)), ("channels", (20, 8, 1)), ("rows", (3, 64)), ("rows", (2, 136)), ("rows", (2, 640)),
     ("groups", (2, 1, 4, 10, 2)), ("groups", (2, 10, 6, 1, 3)),
 ]  # fmt: skip
-"""Runs, the last chunk of fewer, columns, a row in a warp and one in a block, groups of runs and of columns."""
-shapes = pytest.mark.parametrize(("family", "shape"), SHAPES, ids=lambda value: str(value).replace(" ", ""))
+"""Runs, columns, a row in a warp, in one block and in several, groups of runs and of columns."""
+MORE = [
+    *SHAPES,
+    ("channels", (2, 3, 67)),  # single elements
+    ("channels", (8, 2, 72)),  # runs, fewer in the last chunk
+    ("channels", (1, 2, 700)),  # pieces of a run
+    ("channels", (70, 1, 1)),  # one channel, one run
+    ("channels", (33, 5, 1)),  # columns of single elements, and threads that have none
+    ("channels", (9, 4, 7)),  # columns that are parts of a run
+    ("channels", (130, 3, 1)),  # several chunks of columns
+    ("channels", (20, 200, 1)),  # several blocks side by side
+    ("rows", (9, 5)), ("rows", (2, 127)),  # single elements, one vector of a thread and several
+    ("rows", (130, 8)), ("rows", (9, 136)),  # several rows for each team of a block
+    ("rows", (3, 512)),  # the backward reads its row twice
+    ("groups", (2, 1, 4, 64, 2)), ("groups", (3, 1, 2, 3, 2)), ("groups", (2, 9, 4, 1, 2)),
+]  # fmt: skip
+named = {"argnames": ("family", "shape"), "ids": lambda value: str(value).replace(" ", "")}
+shapes = pytest.mark.parametrize(argvalues=SHAPES, **named)
 
 
-@simulated
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(argvalues=MORE, **named)
+def test_results(family, shape, dtype):
+    _checked(family, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [shape for family, shape in MORE if family == "rows"], ids=str)
+def test_rows_that_are_not_centred(shape, dtype):
+    _checked("rows", shape, dtype, centred=False)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 64), (40, 200, 1)], ids=str)
+def test_pieces_have_the_bits_of_the_fused_calls(shape):
+    inputs = _inputs("channels", shape, "float32")
+    fused, split = _of_channels(shape, *inputs), _of_channels_in_pieces(shape, *inputs)
+    for name, values in fused.items():
+        np.testing.assert_array_equal(split[name], values)
+
+
+@pytest.mark.parametrize(("shape", "slab"), [((3, 20, 64), 8), ((40, 200, 1), 128)], ids=str)  # 128: a block's columns
+def test_bits_do_not_depend_on_how_many_channels_fit_the_cache(shape, slab, monkeypatch):
+    of_channel = 4 * shape[0] * shape[2]
+    inputs = _inputs("channels", shape, "float32")
+    whole = _of_channels(shape, *inputs)
+    for arrays in (1, 2):  # so many of a slab's fit half of the cache
+        size = 2 * arrays * slab * of_channel
+        monkeypatch.setattr(_launch, "level2", lambda device, size=size: size)
+        in_slabs = _of_channels(shape, *inputs)
+        for name, values in whole.items():
+            np.testing.assert_array_equal(in_slabs[name], values)
+
+
+@pytest.mark.parametrize(
+    ("n", "first", "dtype", "shift"), [(130, 0, "float32", 0), (131, 6, "bfloat16", 0), (70, 4, "float64", 1)]
+)
+def test_dropout_has_the_bits_of_the_reference(n, first, dtype, shift):
+    x, _, _, _ = kernel_inputs(n, 1, dtype)
+    y, expected = np.zeros_like(x), np.zeros_like(x)
+    arguments = (x, n, first, 0xFEDCBA9876543210, 0x80000000, 2.0)
+    reference.dropout(*arguments, expected)
+    assert _run("dropout", (*arguments, y), {"y": y}, shift)["y"].tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize(("dtype", "shift"), [("float32", 1), ("bfloat16", 2)])
 @shapes
 def test_off_the_boundaries_of_vectors(family, shape, dtype, shift):
     _checked(family, shape, dtype, shift=shift)
 
 
-@simulated
 @shapes
 def test_far_from_zero(family, shape):
     """The error does not grow with mean over spread."""
@@ -175,7 +228,6 @@ def test_far_from_zero(family, shape):
     _checked(family, shape, "float32", ((x + np.float32(1e6)).astype(np.float32), dy, gamma, beta))
 
 
-@simulated
 @shapes
 def test_a_first_element_far_off_does_not_spoil_the_others(family, shape):
     x, dy, gamma, beta = _inputs(family, shape, "float32")
@@ -183,14 +235,12 @@ def test_a_first_element_far_off_does_not_spoil_the_others(family, shape):
     _checked(family, shape, "float32", (x, dy, gamma, beta))
 
 
-@simulated
 @shapes
 def test_without_parameters(family, shape):
     x, dy, _, _ = _inputs(family, shape, "float32")
     _checked(family, shape, "float32", (x, dy, None, None))
 
 
-@simulated
 @shapes
 def test_a_constant_gives_exactly_beta(family, shape):
     x, dy, gamma, beta = _inputs(family, shape, "float32")
@@ -202,7 +252,6 @@ def test_a_constant_gives_exactly_beta(family, shape):
     np.testing.assert_array_equal(found["y"], np.broadcast_to(beta.reshape(of_parameters), apart).ravel())
 
 
-@simulated
 @shapes
 def test_inf_and_nan_stay_in_their_channel_row_or_group(family, shape):
     x, dy, gamma, beta = _inputs(family, shape, "float32")
@@ -219,7 +268,6 @@ def test_inf_and_nan_stay_in_their_channel_row_or_group(family, shape):
             np.testing.assert_array_equal(with_poison, without)
 
 
-@simulated
 @shapes
 def test_in_place(family, shape):
     x, dy, gamma, beta = _inputs(family, shape, "float32")
