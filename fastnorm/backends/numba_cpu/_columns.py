@@ -174,28 +174,30 @@ _squares = _sum_down(_squared)
 
 @compiled
 def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean, squares, into):
-    """Merge the moments of a matrix's channels into those of `seen` elements before; a chunk's first value of a channel
-    is the pivot."""
+    """Merge the moments of a matrix's channels into those of `seen` elements before."""
     columns, zero = channels * inner * copies, spread4(x, 0.0)
     centre, sums, chunk_mean = scratch(x), scratch(x), scratch(mean)
     for chunk in range(0, rows, CHUNK):
         height = least(CHUNK, rows - chunk)
         top, count = start + chunk * stride, height * inner * copies
         share = count / (seen + count)
+        # The first value of each column is its pivot; where a channel has several columns, the mean of those.
         for j in range(0, columns, 4 * lanes(x)):
             store4(centre, j, load4(x, top + j, columns - j, zero), SCRATCH)
         if inner > 1:
             for c in range(channels):
                 put(centre, c, element(centre, c * inner))
-        for c in range(channels):
-            put(chunk_mean, c, element(centre, c))
-        _expand(centre, channels, inner, copies)
-        _deviations(x, top, stride, height, columns, centre, sums)
-        _collapse(sums, channels, inner, copies)
-        for c in range(channels):
-            exact = element(chunk_mean, c) + element(sums, c) / count
-            put(chunk_mean, c, exact)
-            put(centre, c, exact)
+        for sweep in range(0 if inner * copies > 1 else 1, 2):
+            for c in range(channels):
+                put(chunk_mean, c, element(centre, c))
+            _expand(centre, channels, inner, copies)
+            some = height if sweep > 0 else 1
+            _deviations(x, top, stride, some, columns, centre, sums)
+            _collapse(sums, channels, inner, copies)
+            for c in range(channels):
+                exact = element(chunk_mean, c) + element(sums, c) / (some * inner * copies)
+                put(chunk_mean, c, exact)
+                put(centre, c, exact)
         _expand(centre, channels, inner, copies)
         _squares(x, top, stride, height, columns, centre, sums)
         _collapse(sums, channels, inner, copies)

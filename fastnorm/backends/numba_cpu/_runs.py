@@ -11,7 +11,8 @@ The spec of the tiling, for one channel:
 
     for part in parts:                  PART_BLOCKS blocks; parts run in parallel where channels are few
         for block in part:              about BLOCK elements: several whole runs, or a piece of one run
-            sum, then centred squares   exact two-pass, the block being in L1
+            mean and centred squares    one pass around a pivot near the mean, and another around the mean, the block
+                                        being in L1, where the squares would cancel
         merge the blocks in order
     merge the parts in order
 
@@ -22,6 +23,8 @@ The order depends on outer and inner alone.
 # Numba infers and checks the types of kernels: x, dy, y, dx are 1-D storage arrays, sizes are integers.
 
 from __future__ import annotations
+
+import math
 
 from fastnorm.backends.numba_cpu._launch import Kernel, compiled
 from fastnorm.backends.numba_cpu._output import line_start, writer_of_runs
@@ -48,7 +51,6 @@ from fastnorm.backends.numba_cpu._vectors import (
     load_part,
     prefetch,
     put,
-    scratch,
     spread,
     spread4,
     total,
@@ -59,33 +61,30 @@ BLOCK = 4096
 PART_BLOCKS = 16
 PIECE = 1 << 16
 """Elements that one task writes where the statistics are known."""
-TOGETHER = 16
-"""Short channels at most that go through each pass together: one at a time waits for its own sums."""
 
 SUMS, FINISH, COEFFICIENTS, WRITE = 1, 2, 4, 8
 """The steps of a call, as bits. A task of all is a slab of channels; alone, a step's task is a part of a channel,
 some channels, a piece of memory. (A single kernel for a call and its parts is compiled once.)"""
 
 
-Tiles = tuple[int, int, int, int, int, int]
+Tiles = tuple[int, int, int, int, int]
 
 
 def tiling(outer: int, inner: int) -> Tiles:
-    """(runs a block, elements of a run a block, blocks a run, blocks a channel, parts a channel, blocks together)"""
+    """(runs a block, elements of a run a block, blocks a run, blocks a channel, parts a channel)"""
     if inner < BLOCK:
         runs, length, pieces = BLOCK // inner, inner, 1
     else:
         pieces = -(-inner // BLOCK)
         runs, length = 1, -(-inner // pieces)
     blocks = -(-outer // runs) * pieces
-    together = max(1, min(TOGETHER, BLOCK // (outer * inner))) if blocks == 1 else 1
-    return runs, length, pieces, blocks, -(-blocks // PART_BLOCKS), together
+    return runs, length, pieces, blocks, -(-blocks // PART_BLOCKS)
 
 
 @compiled
 def _block(block, outer, channels, inner, tiles):
     """(first element, runs, elements of a run) of a block of the first channel."""
-    runs, length, pieces, _, _, _ = tiles
+    runs, length, pieces, _, _ = tiles
     run, i = block // pieces * runs, block % pieces * length
     return run * channels * inner + i, least(runs, outer - run), least(length, inner - i)
 
@@ -93,7 +92,7 @@ def _block(block, outer, channels, inner, tiles):
 @compiled
 def _share(task, steps, channels, group, tiles):
     """(first channel, last channel, first block, last block) of the sums that a task computes."""
-    _, _, _, blocks, parts, _ = tiles
+    _, _, _, blocks, parts = tiles
     part, upto = 0, blocks
     if steps == SUMS:
         task, part = task // parts, task % parts * PART_BLOCKS
@@ -123,20 +122,30 @@ def _stretch(out, task, steps, run, outer, channels, inner, group, begin, end):
 
 
 @compiled
-def _mean(x, start, stride, runs, length):
-    """Mean of `runs` runs of `length` elements; the first element is the pivot."""
-    pivot = spread4(x, element(x, start))
-    sums = spread4(x, 0.0)
+def _mean_and_squares(x, start, stride, runs, length):
+    """Mean and centred squares of `runs` runs of `length` elements in one pass around a pivot; squares are -1 where
+    they cancel, the pivot being too far from the mean."""
+    first, count = element(x, start), runs * length
+    near = spread4(x, first)
+    sample = total(load4(x, start, length, near) - near) / least(length, 4 * lanes(x))
+    pivot = rounded(x, first + sample)
+    middle, zero = spread4(x, pivot), spread4(x, 0.0)
+    sums, squares = zero, zero
     for run in range(runs):
         first, last = start + run * stride, start + run * stride + length
         for i in range(first, last, 4 * lanes(x)):
-            sums += load4(x, i, last - i, pivot) - pivot
-    return element(x, start) + total(sums) / (runs * length)
+            deviation = load4(x, i, last - i, middle) - middle
+            sums += deviation
+            squares += deviation * deviation
+    apart, square = total(sums) / count, total(squares)
+    off_pivot = apart * apart * count
+    kept = off_pivot <= 0.5 * square and square < math.inf
+    return pivot + apart, square - off_pivot if kept else -1.0
 
 
 @compiled
 def _squares(x, start, stride, runs, length, mean):
-    """Sum of squares about the mean of the same."""
+    """Sum of squares about their mean of the same."""
     centre = spread4(x, mean)
     sums = spread4(x, 0.0)
     for run in range(runs):
@@ -151,8 +160,7 @@ def _squares(x, start, stride, runs, length, mean):
 def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share, centred):
     """Moments of some blocks of some channels, merged into those of their parts; around 0 unless `centred`."""
     begin, end, first_block, last_block = share
-    stride, parts, together = channels * inner, tiles[4], tiles[5]
-    means = scratch(part_mean)
+    stride, parts = channels * inner, tiles[4]
     seen = 0
     for block in range(first_block, last_block):
         if block % PART_BLOCKS == 0:
@@ -160,28 +168,24 @@ def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share, c
         at, runs, length = _block(block, outer, channels, inner, tiles)
         count = runs * length
         part_share = count / (seen + count)
-        for first in range(begin, end, together):
-            last = least(first + together, end)
-            for channel in range(first, last):
-                means[channel - first] = 0.0
-                if centred:
-                    means[channel - first] = _mean(x, at + channel * inner, stride, runs, length)
-            for channel in range(first, last):
-                mean = means[channel - first]
-                start = at + channel * inner
+        for channel in range(begin, end):
+            start, mean, squares = at + channel * inner, 0.0, -1.0
+            if centred:
+                mean, squares = _mean_and_squares(x, start, stride, runs, length)
+            if squares == -1.0:
                 squares = _squares(x, start, stride, runs, length, mean)
-                part = channel * parts + block // PART_BLOCKS
-                if seen > 0:
-                    squares = merged_squares(part_mean[part], part_squares[part], mean, squares, seen, part_share)
-                    mean = merged_mean(part_mean[part], mean, part_share)
-                part_mean[part], part_squares[part] = mean, squares
+            part = channel * parts + block // PART_BLOCKS
+            if seen > 0:
+                squares = merged_squares(part_mean[part], part_squares[part], mean, squares, seen, part_share)
+                mean = merged_mean(part_mean[part], mean, part_share)
+            part_mean[part], part_squares[part] = mean, squares
         seen += count
 
 
 @compiled
 def _elements_upto(part, outer, inner, tiles):
     """Elements of a channel in the parts before this one and in it."""
-    runs, length, pieces, blocks, _, _ = tiles
+    runs, length, pieces, blocks, _ = tiles
     block = least((part + 1) * PART_BLOCKS, blocks)
     return least(block // pieces * runs, outer) * inner + block % pieces * length
 
