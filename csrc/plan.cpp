@@ -128,7 +128,10 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
 }
 
 std::size_t bundle_of(GroupShape shape) {
-  return std::min(shape.samples, std::max(ceil_div(shape.samples, kMaxGroups), ceil_div(kBundle, group_work(shape))));
+  const std::size_t most = std::clamp<std::size_t>(shape.samples * group_work(shape) / kBundle, 1, kMaxGroups);
+  std::size_t bundles = 1;  // a power of two, which most numbers of threads share equally
+  while (2 * bundles <= most) bundles *= 2;
+  return ceil_div(shape.samples, bundles);
 }
 
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads) {

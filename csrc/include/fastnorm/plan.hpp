@@ -42,9 +42,9 @@ constexpr std::size_t kChunkRows = 64;
 constexpr std::size_t kFoldedRow = 512;
 // Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves.
 constexpr std::size_t kNarrowestSlab = 1024;
-// Samples are taken in bundles of this many elements at least, and a group counts as so many more: one of two channels
-// of 16 elements takes 30 to 40 ns.
-constexpr std::size_t kBundle = 1 << 14;
+// Samples are taken in bundles of so many elements at least, some 5 us of work, and a group counts as so many more: one
+// of two channels of 16 elements takes 20 to 40 ns.
+constexpr std::size_t kBundle = 1 << 15;
 constexpr std::size_t kGroupWork = 256;
 // A channel's elements are cut into at most this many groups: the units of parallel work.
 constexpr std::size_t kMaxGroups = 64;
