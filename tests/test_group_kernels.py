@@ -74,6 +74,33 @@ def test_groups_against_float64(shape, dtype, table):
     check(results, truth, dtype_of(dtype), accumulation, inputs[0].size)
 
 
+@dtypes
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 40, 300, 1024, 1025])
+def test_groups_depend_on_nothing_else(length, dtype, table):
+    """Also where a kernel sums several short runs together, and some of them start far from their mean."""
+    channels = 11
+    x, _, gamma, beta = kernel_inputs(channels * length, channels, dtype)
+    x = x.reshape(channels, length)
+    x[[2, 7, 8], :16] += dtype_of(dtype).type(1e3)
+    x[4, 0] = np.nan
+
+    def forward(x, gamma, beta):
+        y, mean, var = np.empty_like(x), np.empty(len(x)), np.empty(len(x))
+        table.group_forward(x, 1, 1, len(x), length, len(x), gamma, beta, 1e-5, y, mean, var)
+        return y, mean, var
+
+    together = forward(x, gamma, beta)
+    for c in range(channels):
+        alone = forward(x[c : c + 1].copy(), gamma[c : c + 1].copy(), beta[c : c + 1].copy())
+        for found, expected in zip(together, alone, strict=True):
+            assert found[c].tobytes() == expected[0].tobytes(), c
+    good = np.arange(channels) != 4
+    truth = x[good].astype(np.float64)
+    off = np.abs(together[1][good] - truth.mean(1))
+    assert (off <= 1e-6 * (np.abs(truth.mean(1)) + truth.std(1))).all()
+    np.testing.assert_allclose(together[2][good], truth.var(1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("ratio", [1e3, 1e6])
 @pytest.mark.parametrize("shape", [(3, 1, 33, 47, 11), (3, 47, 33, 1, 11), (2, 1, 6, 9001, 2), (2, 9001, 6, 1, 2)])
 def test_groups_far_from_zero(shape, ratio, table):

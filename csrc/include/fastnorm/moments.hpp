@@ -74,13 +74,15 @@ FASTNORM_INLINE Vector<Acc<T>> pivot_of(const T* x, size_t length) {
 // Whether sum(d)^2/n is too large a part of sum(d^2) to be subtracted from it; of NaN as well.
 FASTNORM_INLINE bool cancels(double off_pivot, double squares) { return !(off_pivot <= 0.5 * squares); }
 
-// sum(d) and sum(d^2), d = x - pivot.
+// sum(d) and sum(d^2), d = x - pivot: V is a vector of them by lane, or a double.
+template <class V>
 struct AroundPivot {
-  double sum, square;
+  V sum, square;
 };
 
 template <class T>
-FASTNORM_INLINE AroundPivot sums_around(Vector<Acc<T>> pivot, const T* x, size_t runs, size_t stride, size_t length) {
+FASTNORM_INLINE AroundPivot<Vector<Acc<T>>> lanes_around(Vector<Acc<T>> pivot, const T* x, size_t runs, size_t stride,
+                                                         size_t length) {
   using A = Acc<T>;
   Vector<A> sums[4] = {}, squares[4] = {};
   for (size_t r = 0; r < runs; ++r) {
@@ -91,7 +93,14 @@ FASTNORM_INLINE AroundPivot sums_around(Vector<Acc<T>> pivot, const T* x, size_t
       squares[k] = mul_add(d, d, squares[k]);
     });
   }
-  return {total<A>(combined(sums)), total<A>(combined(squares))};
+  return {combined(sums), combined(squares)};
+}
+
+template <class T>
+FASTNORM_INLINE AroundPivot<double> sums_around(Vector<Acc<T>> pivot, const T* x, size_t runs, size_t stride,
+                                                size_t length) {
+  const auto lanes = lanes_around(pivot, x, runs, stride, length);
+  return {total<Acc<T>>(lanes.sum), total<Acc<T>>(lanes.square)};
 }
 
 template <class T>
@@ -100,13 +109,44 @@ FASTNORM_INLINE Moments block_moments(const T* x, size_t runs, size_t stride, si
   const double n = static_cast<double>(runs * length),
                share = 1.0 / n;  // hoisted out of loops, where a division is not
   Vector<A> pivot = pivot_of(x, length);
-  AroundPivot d = sums_around(pivot, x, runs, stride, length);
+  AroundPivot<double> d = sums_around(pivot, x, runs, stride, length);
   if (cancels(d.sum * (d.sum * share), d.square)) {
     pivot = broadcast(static_cast<A>(static_cast<double>(pivot[0]) + d.sum * share));
     d = sums_around(pivot, x, runs, stride, length);
   }
   const double m2 = d.square - d.sum * (d.sum * share);
   return {n, static_cast<double>(pivot[0]) + d.sum * share, m2 < 0.0 ? 0.0 : m2};
+}
+
+// Those of four runs, one after the other in memory, the same bits: the sums of four are brought together at once.
+template <class T>
+FASTNORM_INLINE void four_moments(const T* x, size_t length, Moments (&found)[4]) {
+  using A = Acc<T>;
+  const size_t some = std::min(length, kPivotElements);
+  const double n = static_cast<double>(length), share = 1.0 / n, pivot_share = 1.0 / static_cast<double>(some);
+  Vector<A> pivots[4], lanes[4], squares[4];
+#pragma GCC unroll 4
+  for (size_t k = 0; k < 4; ++k) {
+    pivots[k] = broadcast<A>(load_part(x + k * length, 1, Vector<A>{})[0]);
+    lanes[k] = lanes_around(pivots[k], x + k * length, 1, 0, some).sum;
+  }
+  double sum[4], square[4];
+  totals<A>(lanes, sum);
+#pragma GCC unroll 4
+  for (size_t k = 0; k < 4; ++k) {
+    pivots[k] += broadcast(static_cast<A>(sum[k] * pivot_share));
+    const auto around = lanes_around(pivots[k], x + k * length, 1, 0, length);
+    lanes[k] = around.sum;
+    squares[k] = around.square;
+  }
+  totals<A>(lanes, sum);
+  totals<A>(squares, square);
+#pragma GCC unroll 4
+  for (size_t k = 0; k < 4; ++k) {
+    const double off = sum[k] * (sum[k] * share), m2 = square[k] - off;
+    found[k] = {n, static_cast<double>(pivots[k][0]) + sum[k] * share, m2 < 0.0 ? 0.0 : m2};
+    if (cancels(off, square[k])) found[k] = block_moments(x + k * length, 1, 0, length);
+  }
 }
 
 // The same around 0, of one run: the mean of squares for a variance.

@@ -9,6 +9,8 @@ template <class T>
 struct Runs {
   using A = Acc<T>;
   static constexpr size_t kWorkspace = 0;
+  // Runs of at most so many elements have their moments taken four at a time: longer ones leave a first-level cache.
+  static constexpr size_t kInFours = kChunk / 4;
 
   ChannelShape shape;
   Cut cut;
@@ -46,12 +48,19 @@ struct Runs {
     double n = 0;
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
-      for (size_t c = c0; c < c1; ++c) {
-        const Moments block = block_moments(x + place(u, c), u.rows, stride(), u.length);
+      const auto keep = [&](size_t c, const Moments& block) FASTNORM_INLINE_LAMBDA {
         const Moments merged = merge({n, mean[c - c0], m2[c - c0]}, block);
         mean[c - c0] = merged.mean;
         m2[c - c0] = merged.m2;
-      }
+      };
+      size_t c = c0;
+      if (u.rows == 1 && u.length == shape.inner && u.length <= kInFours)
+        for (; c + 4 <= c1; c += 4) {
+          Moments found[4];
+          four_moments(x + place(u, c), u.length, found);
+          for (size_t k = 0; k < 4; ++k) keep(c + k, found[k]);
+        }
+      for (; c < c1; ++c) keep(c, block_moments(x + place(u, c), u.rows, stride(), u.length));
       n += static_cast<double>(u.rows * u.length);
     }
   }
@@ -77,26 +86,53 @@ struct Runs {
     });
   }
 
-  // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g.
+  // sum(dy) and sum(dy*(x - centre)) of a channel's unit, by lane.
+  struct Products {
+    Vector<A> grad, product;
+  };
+  FASTNORM_INLINE Products products(const T* dy, const T* x, const Unit& u, size_t c, A centre_of_c) const {
+    const Vector<A> centre = broadcast(centre_of_c);
+    Vector<A> grads[4] = {}, products[4] = {};
+    for (size_t r = 0; r < u.rows; ++r) {
+      const size_t at = place(u, c) + r * stride();
+      sum_run<A>(u.length, [&](size_t j, auto how, int k) FASTNORM_INLINE_LAMBDA {
+        const Vector<A> grad = how.load(dy + at + j);
+        grads[k] += grad;
+        products[k] = mul_add(grad, how.load(x + at + j, centre) - centre, products[k]);
+      });
+    }
+    return {combined(grads), combined(products)};
+  }
+
+  // The same of channels [c0, c1) over group g.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
               double* sum_dyx, A*) const {
     std::fill_n(sum_dy, c1 - c0, 0.0);
     std::fill_n(sum_dyx, c1 - c0, 0.0);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
-      for (size_t c = c0; c < c1; ++c) {
-        const Vector<A> centre = broadcast(centres[c - c0]);
-        Vector<A> grads[4] = {}, products[4] = {};
-        for (size_t r = 0; r < u.rows; ++r) {
-          const size_t at = place(u, c) + r * stride();
-          sum_run<A>(u.length, [&](size_t j, auto how, int k) FASTNORM_INLINE_LAMBDA {
-            const Vector<A> grad = how.load(dy + at + j);
-            grads[k] += grad;
-            products[k] = mul_add(grad, how.load(x + at + j, centre) - centre, products[k]);
-          });
+      size_t c = c0;
+      for (; c + 4 <= c1; c += 4) {
+        Vector<A> grads[4], products_of[4];
+#pragma GCC unroll 4
+        for (size_t k = 0; k < 4; ++k) {
+          const Products found = products(dy, x, u, c + k, centres[c + k - c0]);
+          grads[k] = found.grad;
+          products_of[k] = found.product;
         }
-        sum_dy[c - c0] += total<A>(combined(grads));
-        sum_dyx[c - c0] += total<A>(combined(products));
+        double grad[4], product[4];
+        totals<A>(grads, grad);
+        totals<A>(products_of, product);
+#pragma GCC unroll 4
+        for (size_t k = 0; k < 4; ++k) {
+          sum_dy[c + k - c0] += grad[k];
+          sum_dyx[c + k - c0] += product[k];
+        }
+      }
+      for (; c < c1; ++c) {
+        const Products found = products(dy, x, u, c, centres[c - c0]);
+        sum_dy[c - c0] += total<A>(found.grad);
+        sum_dyx[c - c0] += total<A>(found.product);
       }
     }
   }

@@ -425,6 +425,28 @@ FASTNORM_INLINE double total(Vector<A> v) {
   return static_cast<double>(v[0]);
 }
 
+// `total` of four at once, the same bits with less than half of the shuffles: a vector holds sums of two, then of all.
+template <class A>
+FASTNORM_INLINE void totals(const Vector<A> (&v)[4], double (&to)[4]) {
+  constexpr Index<A> n = static_cast<Index<A>>(kLanes<A>);
+  if constexpr (n < 4) {
+    for (int i = 0; i < 4; ++i) to[i] = total<A>(v[i]);
+  } else {
+    // The first `size` lanes of every two times as many, of one vector and the other in turn, and the second ones,
+    // added. Lanes of the other one count from n.
+    const Indices<A> lane = lane_numbers<A>();
+    const auto halves = [&](const Vector<A>& a, const Vector<A>& b, Index<A> size) FASTNORM_INLINE_LAMBDA {
+      const Indices<A> first = (lane & ~size) + ((lane & size) != 0 ? Indices<A>{} + n : Indices<A>{});
+      return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + size);
+    };
+    Vector<A> all = halves(halves(v[0], v[1], n / 2), halves(v[2], v[3], n / 2), n / 4);
+#pragma GCC unroll 4
+    for (Index<A> half = n / 8; half > 0; half /= 2) all += __builtin_shuffle(all, lane ^ half);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<double>(all[(i % 2 * 2 + i / 2) * (n / 4)]);
+  }
+}
+
 template <class V>
 FASTNORM_INLINE V combined(const V (&sums)[4]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
