@@ -43,11 +43,25 @@ def pair(count: int, like: Array) -> Any:
 
 def zeros(count: int, like: Array) -> Array:
     """Zeros of float64."""
+    return full(count, 0.0, FLOAT64, like) if on_device(like) else np.zeros(count)
+
+
+def full(count: int, value: float, dtype: DType, like: Array) -> Array:
+    """One value, so many times."""
     if not on_device(like):
-        return np.zeros(count)
-    array = like.empty((count,), FLOAT64)
-    _device.backend().zero(array)
+        return np.full(count, value, dtype)
+    array = like.empty((count,), dtype)
+    _device.backend().fill(array, value)
     return array
+
+
+def scaled(array: Array, factor: float) -> Array:
+    """array * factor, of a float64 array in C order."""
+    if not on_device(array):
+        return array * factor
+    product = array.empty(array.shape, FLOAT64)
+    _device.backend().mix(product, None, array, 0.0, factor)
+    return product
 
 
 def copy(target: Array, source: Array) -> None:
@@ -77,7 +91,7 @@ def mixed(running: Array | None, batch: Array, momentum: float, dtype: DType) ->
     """
     if on_device(batch):
         average = batch.empty(batch.shape if running is None else running.shape, dtype)
-        _device.backend().mix(average, running, batch, momentum)
+        _device.backend().mix(average, running, batch, momentum, 1.0 - momentum)
         return average
     if running is None:
         return ((1.0 - momentum) * batch).astype(dtype)

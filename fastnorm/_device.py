@@ -207,7 +207,7 @@ def on_device(array: Any) -> TypeGuard[DeviceArray]:
 
 
 def backend() -> Any:
-    """The cuda backend, for its functions on memory: copy, mix, zero, follow, device_array.
+    """The cuda backend, for its functions on memory: copy, mix, fill, follow, device_array.
 
     An op has asked `_dispatch` for it before, which says why where it cannot be loaded.
     """

@@ -280,12 +280,12 @@ class StandInBackend(types.ModuleType):
         self.calls.append(("copy", target.device, target.stream))
         np.copyto(host(target), host(source), casting="unsafe")
 
-    def mix(self, target: Any, running: Any, batch: Any, momentum: float) -> None:
-        mixed = (1 - momentum) * host(batch).reshape(target.shape)
-        host(target)[...] = mixed if running is None else momentum * host(running).astype(np.float64) + mixed
+    def mix(self, target: Any, running: Any, batch: Any, share: float, entering: float) -> None:
+        mixed = entering * host(batch).reshape(target.shape)
+        host(target)[...] = mixed if running is None else share * host(running).astype(np.float64) + mixed
 
-    def zero(self, target: Any) -> None:
-        host(target)[...] = 0
+    def fill(self, target: Any, value: float) -> None:
+        host(target)[...] = value
 
     def follow(self, stream: int, after: int, device: int) -> None:
         self.followed.append((stream, after))

@@ -147,6 +147,42 @@ def test_running_statistics(kind):
         fastnorm.batchnorm_backward(kind.put(dout), cache)
 
 
+@pytest.mark.parametrize(
+    "options", [{"convention": "pytorch"}, {"momentum": None}, {"convention": "pytorch", "momentum": None}], ids=str
+)
+@pytest.mark.parametrize("op", ["batchnorm", "instancenorm"])
+def test_running_statistics_by_other_rules(op, options, kind):
+    x, forward = np.random.default_rng(5).standard_normal((4, 3, 5)) + 2, getattr(fastnorm, f"{op}_forward")
+    given = {} if op == "batchnorm" else {"running_mean": np.full(3, 0.5), "running_var": np.full(3, 2.0, np.float32)}
+    host, device = {**options, **given}, {**options, **{name: kind.put(value) for name, value in given.items()}}
+    for scale in (1, 2, 3):
+        forward(scale * x, None, None, host, backend="numpy")
+        forward(kind.put(scale * x), None, None, device)
+    assert device.pop("num_batches_tracked") == host.pop("num_batches_tracked") == 3
+    for name in ("running_mean", "running_var"):
+        assert type(device[name]) is type(kind.put(x))
+        found = kind.get(device[name])
+        assert found.dtype == host[name].dtype
+        np.testing.assert_allclose(found, host[name], rtol=1e-12 if found.dtype == np.float64 else 1e-6)
+
+
+def test_a_single_value_has_no_unbiased_variance(kind):
+    param = {"convention": "pytorch"}
+    forward(kind.put(X[:1]), param=param)
+    assert param == {"convention": "pytorch"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"skip_nonfinite": True}, {"average": fastnorm.ExponentialMovingAverage(0.9)}], ids=["skip", "average"]
+)
+def test_rules_that_look_at_values_are_refused(options, kind):
+    (key,), out = options, kind.put(np.full_like(X, 7))
+    with pytest.raises(ValueError, match=rf"bn_param\['{key}'\]: .*on a device"):
+        forward(kind.put(X), param=dict(options), out=out)
+    assert (kind.get(out) == 7).all()
+    forward(kind.put(X), param={"skip_nonfinite": False, "average": None})
+
+
 def test_running_statistics_keep_their_shape_and_dtype(kind):
     x = kind.put(np.random.default_rng(0).standard_normal((8, 3, 2)))
     param = {"running_mean": kind.put(np.zeros((1, 3, 1), np.float32)), "running_var": kind.put(np.ones(3, np.float16))}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastnorm import _arrays
 from fastnorm._device import on_device
 from fastnorm._layout import Array
 from fastnorm.ops import _numbers
@@ -76,10 +77,12 @@ def checked_rule(name: str, param: dict[str, Any]) -> Rule:
 def checked_source(name: str, rule: Rule, x: Array, running: Running) -> None:
     """Raise where this rule cannot take a batch in.
 
-    On a device; or because its average keeps something else than these running statistics, those of another layer, say.
+    On a device, where it would have to look at the values, which is to wait for them; or because its average keeps
+    something else than these running statistics, those of another layer, say.
     """
-    if on_device(x):
-        raise ValueError(f"{name}: on a device running statistics follow CS231n's momentum only, got other options")
+    for key, asked in (("average", rule.average is not None), ("skip_nonfinite", rule.skip_nonfinite)):
+        if asked and on_device(x):
+            raise ValueError(f"{name}[{key!r}]: expected none for arrays on a device, whose values it would wait for")
     if rule.average is None:
         return
     for key, stored in zip(STATISTICS, running, strict=True):
@@ -100,7 +103,7 @@ def step(rule: Rule, running: Running, batch: Pair, dtypes: tuple[np.dtype[Any],
     if rule.unbiased:
         if count < 2:
             return None
-        var = var * (count / (count - 1))
+        var = _arrays.scaled(var, count / (count - 1))
     if rule.skip_nonfinite and not all(
         np.isfinite(values.astype(dtype)).all() for values, dtype in zip((mean, var), dtypes, strict=True)
     ):
@@ -111,7 +114,7 @@ def step(rule: Rule, running: Running, batch: Pair, dtypes: tuple[np.dtype[Any],
         momentum = rule.tracked / (rule.tracked + 1)
     old_mean, old_var = running
     if old_var is None and rule.unbiased and rule.average is None:
-        old_var = np.ones(var.shape, dtypes[1])
+        old_var = _arrays.full(var.size, 1.0, dtypes[1], var)
     return Step(momentum, (old_mean, old_var), (mean, var))
 
 

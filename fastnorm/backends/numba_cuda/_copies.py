@@ -1,4 +1,4 @@
-"""What the ops do with device memory besides kernels of the contract: copy, mix, clear, order streams, allocate.
+"""What the ops do with device memory besides kernels of the contract: copy, mix, fill, order streams, allocate.
 
 A copy converts and takes any strides, so packing, parameters of another dtype and gradients all are one kernel:
 
@@ -119,36 +119,37 @@ def _mixing(running_name: str, target_name: str) -> Kernel:
     held, kept = _held(running_name), _held(target_name)
     running_size, target_size = _size(running_name), _size(target_name)
 
-    def mix(target, running, batch, count, started, momentum):
+    def mix(target, running, batch, count, started, share, entering):
         old, result = cuda.local.array(1, held), cuda.local.array(1, kept)
         new = cuda.local.array(1, types.float64)
         position = cuda.grid(1)
         while position < count:
             load_batch(batch + position * 8, new, 0)
-            mixed = (1.0 - momentum) * new[0]
+            mixed = entering * new[0]
             if started != 0:  # else there is nothing, which is not 0 times what is there
                 load(running + position * running_size, old, 0)
-                mixed += momentum * old[0]
+                mixed += share * old[0]
             result[0] = mixed
             store(target + position * target_size, result, 0)
             position += cuda.gridsize(1)
 
-    return Kernel(f"mix-{running_name}-{target_name}", mix, "qqqqqd", THREADS)
+    return Kernel(f"mix-{running_name}-{target_name}", mix, "qqqqqdd", THREADS)
 
 
 @functools.cache
-def _clearing() -> Kernel:
-    _, store = access("float64", 1)
+def _filling(name: str) -> Kernel:
+    _, store = access(name, 1)
+    kept, size = _held(name), _size(name)
 
-    def clear(target, count):
-        zero = cuda.local.array(1, types.float64)
-        zero[0] = 0.0
+    def fill(target, count, value):
+        single = cuda.local.array(1, kept)
+        single[0] = value
         position = cuda.grid(1)
         while position < count:
-            store(target + position * 8, zero, 0)
+            store(target + position * size, single, 0)
             position += cuda.gridsize(1)
 
-    return Kernel("clear", clear, "qq", THREADS)
+    return Kernel(f"fill-{name}", fill, "qqd", THREADS)
 
 
 def merged_axes(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -185,8 +186,8 @@ def copy(target: Any, source: Any) -> None:
         _launch(kernel, target, count, start, begin, count, *lengths[1:], *at, *to)
 
 
-def mix(target: Any, running: Any | None, batch: Any, momentum: float) -> None:
-    """target = momentum*running + (1 - momentum)*batch in float64, then target's dtype; no running counts as zeros.
+def mix(target: Any, running: Any | None, batch: Any, share: float, entering: float) -> None:
+    """target = share*running + entering*batch in float64, then target's dtype; no running counts as zeros.
 
     target and batch are in C order, batch is float64.
     """
@@ -197,16 +198,17 @@ def mix(target: Any, running: Any | None, batch: Any, momentum: float) -> None:
         running = running.astype(running.dtype)
     old = batch if running is None else running
     kernel = _mixing(_name(old), _name(target))
+    started = int(running is not None)
     _launch(
-        kernel, target, count, target.pointer, old.pointer, batch.pointer, count, int(running is not None), momentum
+        kernel, target, count, target.pointer, old.pointer, batch.pointer, count, started, float(share), float(entering)
     )
 
 
-def zero(target: Any) -> None:
-    """Zeros in an array of float64 in C order."""
+def fill(target: Any, value: float) -> None:
+    """One value all over an array of floating numbers in C order."""
     count = math.prod(target.shape)
     if count:
-        _launch(_clearing(), target, count, target.pointer, count)
+        _launch(_filling(_name(target)), target, count, target.pointer, count, float(value))
 
 
 def follow(stream: int, after: int, device: int) -> None:

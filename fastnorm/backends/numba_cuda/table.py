@@ -15,7 +15,7 @@ if find_spec("numba_cuda") is None:  # the target that is built into Numba is an
 
 from numba import cuda
 
-from fastnorm.backends.numba_cuda._copies import copy, current_device, device_array, follow, mix, zero
+from fastnorm.backends.numba_cuda._copies import copy, current_device, device_array, fill, follow, mix
 from fastnorm.backends.numba_cuda._launch import SIMULATED, check_device, driver_problem
 
 if _problem := driver_problem():
@@ -49,6 +49,7 @@ __all__ = [
     "describe",
     "device_array",
     "dropout",
+    "fill",
     "follow",
     "group_backward",
     "group_forward",
@@ -56,7 +57,6 @@ __all__ = [
     "row_backward",
     "row_forward",
     "set_num_threads",
-    "zero",
 ]
 
 
