@@ -345,6 +345,11 @@ def _library_of(cls: type) -> Library | None:
     return None
 
 
+def of_a_library(value: Any) -> bool:
+    """Whether one of the libraries made this array, on a device or not."""
+    return _library_of(type(value)) is not None
+
+
 def described(name: str, value: Any) -> DeviceArray | None:
     """The descriptor of an array of one of the libraries (or of itself), None for anything else."""
     if on_device(value):

@@ -81,13 +81,16 @@ def dtype_beside(dtype: np.dtype[Any], array: Array) -> np.dtype[Any]:
 def host_array(name: str, value: Any) -> Array:
     """`value` as a plain ndarray, without a copy where it is one; TypeError for what is not an array.
 
-    Lists and numbers are taken as NumPy takes them. Masked arrays are refused, since their mask would be
+    Lists and numbers are taken as NumPy takes them, but for lists of arrays on a device, of which NumPy would make
+    copies on the host. Masked arrays are refused, since their mask would be
     lost, and so are other libraries' arrays, since their kind would.
     """
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked arrays are not supported, got {type(value).__name__}")
+    if isinstance(value, (list, tuple)) and value and _device.of_a_library(value[0]):
+        raise TypeError(f"{name}: expected one array, got a {type(value).__name__} of {kind(value[0])}")
     if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
         return np.asarray(value)
     raise TypeError(f"{name}: expected a NumPy array, got {kind(value)}")

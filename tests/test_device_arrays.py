@@ -546,6 +546,20 @@ def test_out_must_not_overlap(kind):
         forward(rows[:2], out=rows[2:4])
 
 
+def test_what_works_in_host_memory_alone_is_refused_on_a_device(kind):
+    x = kind.put(X)
+    for call, name in (
+        (lambda: forward([x, x]), "x: expected one array, got a list of"),
+        (lambda: fastnorm.moments((x, x), 0), "x: expected one array, got a tuple of"),
+        (lambda: fastnorm.moments(x, 0, weights=ONES[:4, None]), "x: expected a NumPy array"),
+        (lambda: fastnorm.moments(X, 1, weights=kind.put(ONES)), "weights: expected a NumPy array"),
+        (lambda: fastnorm.stream_moments([x, x]), r"batches\[0\]: expected a NumPy array"),
+        (lambda: fastnorm.stream_moments(x), "batches: expected an array|batches.*NumPy array"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()
+
+
 def test_shapes_and_dtypes_are_checked_as_in_host_memory(kind):
     for options, name in (
         ({"gamma": kind.put(np.ones(5, np.float32))}, "gamma"),
