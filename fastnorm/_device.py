@@ -347,7 +347,8 @@ def _library_of(cls: type) -> Library | None:
 
 def of_a_library(value: Any) -> bool:
     """Whether one of the libraries made this array, on a device or not."""
-    return _library_of(type(value)) is not None
+    cls: Any = type(value)
+    return _library_of(cls) is not None
 
 
 def described(name: str, value: Any) -> DeviceArray | None:
