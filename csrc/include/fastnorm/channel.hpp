@@ -114,7 +114,8 @@ struct ChannelCall {
     return (2 * most + 2) * plan.slab;
   }
   // Coefficients of a slab: four arrays of a value for each channel, spread as the geometry reads them.
-  size_t coefficients() const { return 4 * geometry.spread_length(plan.slab); }
+  size_t coefficients() const { return 4 * coefficient_room(); }
+  size_t coefficient_room() const { return geometry.spread_length(plan.slab) + kPadding<A>; }
 
   // Channels [c0, c1) of a sample; where `outer` is 1 also of those that follow, whose channels come next in memory.
   struct Slab {
@@ -149,7 +150,7 @@ struct ChannelCall {
     s.mean = span == 1 ? mean + s.c0 : partials + plan.slab;
     s.first = partials + 2 * plan.slab;
     s.second = partials + partial_doubles() / 2 + plan.slab;
-    const size_t room = geometry.spread_length(plan.slab);
+    const size_t room = coefficient_room();
     s.k = {coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
     s.ahead = ahead;
     return s;

@@ -8,6 +8,10 @@
 
 namespace fastnorm::FASTNORM_LEVEL {
 
+// Between arrays that are read side by side, so that they are not whole pages apart.
+template <class A>
+constexpr size_t kPadding = 5 * kLineBytes / sizeof(A);
+
 // What the elementwise passes need of each channel, in the accumulation dtype. With mean = centre + rest
 // exactly, forward:  y = (x - centre)*scale + shift,    scale = gamma*rstd, shift = beta - rest*scale;
 // backward: one of the forms below, with a slope as well.
@@ -41,6 +45,28 @@ inline void rstds(double* __restrict to, const double* __restrict var, size_t n,
 
 inline void add(double* __restrict to, const double* __restrict more, size_t n) {
   for (size_t i = 0; i < n; ++i) to[i] += more[i];
+}
+
+// Mean and m2 of each channel's first block, whose values are off a pivot by `off` in the mean.
+template <class A>
+inline void first_means(double* __restrict mean, double* __restrict m2, const A* __restrict pivot,
+                        const A* __restrict off, const A* __restrict squares, size_t n) {
+  for (size_t c = 0; c < n; ++c) {
+    mean[c] = static_cast<double>(pivot[c]) + static_cast<double>(off[c]);
+    m2[c] = static_cast<double>(squares[c]);
+  }
+}
+
+// Merges those of a block of `more` elements into those of the `before` ones.
+template <class A>
+inline void merge_means(double* __restrict mean, double* __restrict m2, const A* __restrict pivot,
+                        const A* __restrict off, const A* __restrict squares, size_t n, double before, double more) {
+  const double share = more / (before + more), weight = before * share;
+  for (size_t c = 0; c < n; ++c) {
+    const double delta = static_cast<double>(pivot[c]) + static_cast<double>(off[c]) - mean[c];
+    mean[c] += delta * share;
+    m2[c] += static_cast<double>(squares[c]) + delta * delta * weight;
+  }
 }
 
 // sum(dy*(x - centre)) to sum(dy*xhat), in place.

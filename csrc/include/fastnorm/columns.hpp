@@ -16,7 +16,12 @@ struct Columns {
   using A = Acc<T>;
   // Columns of a block whose rows are summed together: a block is then 256 KB of float32 at most, and stays in L2.
   static constexpr size_t kWidth = 1024;
-  static constexpr size_t kWorkspace = 6 * kWidth;
+  // From one array of the workspace to the next: not a whole number of pages, which would put a column of all of them,
+  // and of the rows of a matrix of 1,024 columns, into the same set of a cache.
+  static constexpr size_t kPitch = kWidth + kPadding<A>;
+  static constexpr size_t kWorkspace = 6 * kPitch;
+  // Channels that are summed again together where one has to be. Of 1,024 channels of 64 normal values three or so do.
+  static constexpr size_t kSettled = 64;
   // Rows whose mean is the first pivot.
   static constexpr size_t kPivotRows = 8;
 
@@ -57,41 +62,45 @@ struct Columns {
   size_t block_channels() const { return kWidth / shape.inner; }
 
   // Adds rows [0, rows) to `count` sums by column, `together` rows at a time: as many streams for the prefetcher, and
-  // the sums are read and written once for all of them. add(at, c, how, sums): the vector at offset `at`, column c.
-  template <size_t together, size_t count, class F>
+  // the sums are read and written once for all of them; `wide` vectors of each row after one another.
+  // add(at, c, how, sums): the vector at offset `at`, column c.
+  template <size_t together, size_t wide, size_t count, class F>
   FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, A* const (&sums)[count], const F& add) {
     size_t r = 0;
-    for (; r + together <= rows; r += together)
-      for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-        Vector<A> even[count], odd[count] = {};
-#pragma GCC unroll 2
-        for (size_t k = 0; k < count; ++k) even[k] = how.load(sums[k] + c);
-#pragma GCC unroll 8
-        for (size_t j = 0; j < together; ++j) add((r + j) * stride + c, c, how, j % 2 == 0 ? even : odd);
-#pragma GCC unroll 2
-        for (size_t k = 0; k < count; ++k) put(sums[k] + c, even[k] + odd[k], how);
+    for (; r + together <= rows; r += together) sum_some<together, wide>(r, stride, n, sums, add);
+    for (; r < rows; ++r) sum_some<1, 1>(r, stride, n, sums, add);
+  }
+
+  template <size_t together, size_t wide, size_t count, class F>
+  FASTNORM_INLINE static void sum_some(size_t r, size_t stride, size_t n, A* const (&sums)[count], const F& add) {
+    for_columns<A, wide>(n, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
+      Vector<A> even[width][count], odd[width][count] = {};
+      repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
+        constexpr size_t v = i / count, k = i % count;
+        even[v][k] = how.load(sums[k] + c + v * kLanes<A>);
       });
-    for (; r < rows; ++r)
-      for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-        Vector<A> sum[count];
-#pragma GCC unroll 2
-        for (size_t k = 0; k < count; ++k) sum[k] = how.load(sums[k] + c);
-        add(r * stride + c, c, how, sum);
-#pragma GCC unroll 2
-        for (size_t k = 0; k < count; ++k) put(sums[k] + c, sum[k], how);
+      repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
+        constexpr size_t j = i / width, v = i % width;
+        const size_t column = c + v * kLanes<A>;
+        add((r + j) * stride + column, column, how, j % 2 == 0 ? even[v] : odd[v]);
       });
+      repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
+        constexpr size_t v = i / count, k = i % count;
+        put(sums[k] + c + v * kLanes<A>, together > 1 ? even[v][k] + odd[v][k] : even[v][k], how);
+      });
+    });
   }
 
   // Sums of all rows of a block of n channels: folded rows, then those left over, then the sum over a channel's
   // columns.
-  template <size_t together, size_t count, class F>
+  template <size_t together, size_t wide, size_t count, class F>
   FASTNORM_INLINE void sum_block(const Unit& u, size_t n, A* const (&sums)[count], const F& add) const {
     const size_t folded = u.rows / cut.fold, done = folded * cut.fold * row_length();
     for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], spread_length(n), A{});
-    sum_rows<together>(folded, row_length() * cut.fold, spread_length(n), sums, add);
-    sum_rows<together>(u.rows % cut.fold, row_length(), n * shape.inner, sums,
-                       [&](size_t at, size_t c, auto how, auto& sum)
-                           FASTNORM_INLINE_LAMBDA { add(done + at, c, how, sum); });
+    sum_rows<together, wide>(folded, row_length() * cut.fold, spread_length(n), sums, add);
+    sum_rows<together, wide>(u.rows % cut.fold, row_length(), n * shape.inner, sums,
+                             [&](size_t at, size_t c, auto how, auto& sum)
+                                 FASTNORM_INLINE_LAMBDA { add(done + at, c, how, sum); });
     for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
   }
 
@@ -104,9 +113,9 @@ struct Columns {
     const size_t some = std::min(rows, kPivotRows);
     for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivots + c, how.load(block + c), how); });
     std::fill_n(sums, n, A{});
-    sum_rows<kPivotRows>(some, row_length(), n, {sums},
-                         [&](size_t at, size_t c, auto how, auto& sum)
-                             FASTNORM_INLINE_LAMBDA { sum[0] += how.load(block + at) - how.load(pivots + c); });
+    sum_rows<kPivotRows, 1>(some, row_length(), n, {sums},
+                            [&](size_t at, size_t c, auto how, auto& sum)
+                                FASTNORM_INLINE_LAMBDA { sum[0] += how.load(block + at) - how.load(pivots + c); });
     const A share = A{1} / static_cast<A>(some);
     for (size_t c = 0; c < n; ++c) pivots[c] += sums[c] * share;
   }
@@ -115,28 +124,52 @@ struct Columns {
   static bool settle(A* sums, A* squares, size_t n, double count) {
     const Vector<A> share = broadcast(static_cast<A>(1.0 / count)), half = broadcast(A(0.5)),
                     largest = broadcast(std::numeric_limits<A>::max());
-    Indices<A> any{};
+    Indices<A> cancelled{};
     for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> sum = how.load(sums + c), square = how.load(squares + c), mean = sum * share,
                       off_pivot = sum * mean;
       const Indices<A> kept = (off_pivot <= half * square) & (off_pivot <= largest);
-      any |= ~kept;
+      cancelled |= ~kept;
       put(sums + c, mean, how);
       put(squares + c, kept ? square - off_pivot : broadcast(A(-1)), how);
     });
-    for (size_t lane = 0; lane < kLanes<A>; ++lane)
-      if (any[lane] != 0) return true;
-    return false;
+    return any<A>(cancelled);
+  }
+
+  // Once more around the means just found, taken over by the channels that need it: n of a block, whose pivots were
+  // `near`.
+  void settle_again(const T* block, const Unit& u, size_t n, A* near, A* sums, A* squares, double count,
+                    A* workspace) const {
+    A *pivots = workspace, *sums_again = workspace + kPitch, *squares_again = workspace + 2 * kPitch;
+    for (size_t c = 0; c < n; ++c) pivots[c] = near[c] + sums[c];
+    spread(pivots, n);
+    sum_around(block, u, n, pivots, sums_again, squares_again);
+    for (size_t c = 0; c < n; ++c) {
+      if (squares[c] >= 0) continue;
+      const double sum = sums_again[c], m2_again = squares_again[c] - sum * (sum / count);
+      near[c] += sums[c];
+      sums[c] = static_cast<A>(sum / count);
+      squares[c] = static_cast<A>(m2_again < 0.0 ? 0.0 : m2_again);  // NaN stays
+    }
+  }
+
+  // Sums of d and d^2 over a block, d = x - pivot; `pivots` are spread.
+  FASTNORM_INLINE void sum_around(const T* block, const Unit& u, size_t n, const A* pivots, A* sums, A* squares) const {
+    sum_block<8, 1>(u, n, {sums, squares}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> d = how.load(block + at) - how.load(pivots + c);
+      sum[0] += d;
+      sum[1] = mul_add(d, d, sum[1]);
+    });
   }
 
   // As `block_moments`, for all channels of a slab at once.
   void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
-    A *sums = workspace, *squares = workspace + kWidth, *pivots = workspace + 2 * kWidth,
-      *near = workspace + 3 * kWidth, *sums_again = workspace + 4 * kWidth, *squares_again = workspace + 5 * kWidth;
+    A *sums = workspace, *squares = workspace + kPitch, *near = workspace + 2 * kPitch,
+      *pivots = workspace + 3 * kPitch;
     double before = 0;
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
-      const double more = static_cast<double>(u.rows * shape.inner), share = more / (before + more);
+      const double more = static_cast<double>(u.rows * shape.inner);
       for (size_t w = c0; w < c1; w += block_channels()) {
         const size_t n = std::min(block_channels(), c1 - w);
         const T* block = x + u.row * row_length() + w * shape.inner;
@@ -147,37 +180,17 @@ struct Columns {
           for (size_t c = 0; c < n; ++c) near[c] = static_cast<A>(to_mean[c]);
         std::copy_n(near, n, pivots);
         spread(pivots, n);
-        const auto around_pivots = [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-          const Vector<A> d = how.load(block + at) - how.load(pivots + c);
-          sum[0] += d;
-          sum[1] = mul_add(d, d, sum[1]);
-        };
-        sum_block<8>(u, n, {sums, squares}, around_pivots);
-        if (settle(sums, squares, n, more)) {
-          // Once more around the means just found, taken over by the channels that need it.
-          for (size_t c = 0; c < n; ++c) pivots[c] = near[c] + sums[c];
-          spread(pivots, n);
-          sum_block<8>(u, n, {sums_again, squares_again}, around_pivots);
-          for (size_t c = 0; c < n; ++c) {
-            if (squares[c] >= 0) continue;
-            const double sum = sums_again[c], m2_again = squares_again[c] - sum * (sum / more);
-            near[c] += sums[c];
-            sums[c] = static_cast<A>(sum / more);
-            squares[c] = static_cast<A>(m2_again < 0.0 ? 0.0 : m2_again);  // NaN stays
-          }
+        sum_around(block, u, n, pivots, sums, squares);
+        const size_t piece = cut.fold > 1 ? n : kSettled;
+        for (size_t p = 0; p < n; p += piece) {
+          const size_t some = std::min(piece, n - p);
+          if (settle(sums + p, squares + p, some, more))
+            settle_again(block + p * shape.inner, u, some, near + p, sums + p, squares + p, more, pivots);
         }
-        if (before == 0) {
-          for (size_t c = 0; c < n; ++c) {
-            to_mean[c] = static_cast<double>(near[c]) + static_cast<double>(sums[c]);
-            to_m2[c] = static_cast<double>(squares[c]);
-          }
-        } else {
-          for (size_t c = 0; c < n; ++c) {
-            const double delta = static_cast<double>(near[c]) + static_cast<double>(sums[c]) - to_mean[c];
-            to_mean[c] += delta * share;
-            to_m2[c] += static_cast<double>(squares[c]) + delta * delta * (before * share);
-          }
-        }
+        if (before == 0)
+          first_means<A>(to_mean, to_m2, near, sums, squares, n);
+        else
+          merge_means<A>(to_mean, to_m2, near, sums, squares, n, before, more);
       }
       before += more;
     }
@@ -186,7 +199,7 @@ struct Columns {
   // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g; `centres` is spread.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
               double* sum_dyx, A* workspace) const {
-    A *grads = workspace, *products = workspace + kWidth;
+    A *grads = workspace, *products = workspace + kPitch;
     std::fill_n(sum_dy, c1 - c0, 0.0);
     std::fill_n(sum_dyx, c1 - c0, 0.0);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
@@ -195,7 +208,7 @@ struct Columns {
         const size_t n = std::min(block_channels(), c1 - w);
         const A* centre = centres + (w - c0) * shape.inner;
         const size_t block = u.row * row_length() + w * shape.inner;
-        sum_block<4>(u, n, {grads, products}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+        sum_block<4, 2>(u, n, {grads, products}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
           const Vector<A> grad = how.load(dy + block + at);
           sum[0] += grad;
           sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
@@ -208,35 +221,61 @@ struct Columns {
     }
   }
 
-  // run(offset, n) for group g's rows of channels [c0, c1), `fold` rows at a time.
-  template <class F>
-  FASTNORM_INLINE void over_rows(size_t g, size_t c0, size_t c1, const F& run) const {
-    const size_t last = last_row(g), n = (c1 - c0) * shape.inner;
-    for (size_t r = first_row(g); r < last; r += cut.fold)
-      run(r * row_length() + c0 * shape.inner, n * std::min(cut.fold, last - r));
+  // Writes group g's rows of channels [c0, c1), `fold` rows at a time: line(c, how) loads what the vector of columns
+  // from c on needs of its channels, value(at, how, line) makes the one of offset `at`. Through the cache, `together`
+  // rows share what they need of their channels, which is most of what they load.
+  template <size_t together, class Fetch, class Line, class Value>
+  FASTNORM_INLINE void write_rows(size_t g, size_t c0, size_t c1, T* out, bool past_cache, const Fetch& fetch,
+                                  const Line& line, const Value& value) const {
+    const size_t last = last_row(g), fold = cut.fold, n = (c1 - c0) * shape.inner, length = row_length(),
+                 step = fold * length;
+    size_t r = first_row(g), at = r * length + c0 * shape.inner;
+    if (!past_cache)
+      for (; r + together * fold <= last; r += together * fold, at += together * step)
+        for_columns<A, 2>(n * fold, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
+          decltype(line(c, how)) lines[width];
+          repeat<width>([&](auto v) FASTNORM_INLINE_LAMBDA { lines[v] = line(c + v * kLanes<A>, how); });
+          repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
+            constexpr size_t j = i / width, v = i % width;
+            const size_t here = at + j * step + c + v * kLanes<A>;
+            put(out + here, value(here, how, lines[v]), how);
+          });
+        });
+    Writer<T> writer(past_cache);
+    for (; r < last; r += fold, at += step)
+      writer.run(out + at, n * std::min(fold, last - r), fetch(at),
+                 [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { return value(at + c, how, line(c, how)); });
   }
 
-  void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
-             size_t ahead) const {
-    Writer<T> writer(past_cache);
-    over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
-      writer.run(y + at, n, Ahead<T, 1>{{x + at + ahead}}, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-        return mul_add(how.load(x + at + c) - how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c));
-      });
-    });
+  void apply(const T* x, size_t g, size_t c0, size_t c1, Coefficients<A> k, T* y, bool past_cache, size_t ahead) const {
+    struct Line {
+      Vector<A> centre, scale, shift;
+    };
+    write_rows<4>(
+        g, c0, c1, y, past_cache, [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 1>{{x + at + ahead}}; },
+        [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+          return Line{how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c)};
+        },
+        [&](size_t at, auto how, const Line& l)
+            FASTNORM_INLINE_LAMBDA { return mul_add(how.load(x + at) - l.centre, l.scale, l.shift); });
   }
 
   template <class Form>
-  void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
+  void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, Coefficients<A> k, T* dx,
                       bool past_cache, size_t ahead) const {
-    Writer<T> writer(past_cache);
-    over_rows(g, c0, c1, [&](size_t at, size_t n) FASTNORM_INLINE_LAMBDA {
-      writer.run(dx + at, n, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
-                 [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
-                   return Form::dx(how.load(dy + at + c), how.load(x + at + c) - how.load(k.centre + c),
-                                   how.load(k.scale + c), how.load(k.shift + c), how.load(k.slope + c));
-                 });
-    });
+    struct Line {
+      Vector<A> centre, scale, shift, slope;
+    };
+    // Two: of the three arrays' rows, often whole pages apart, four each are more than a set of a first-level cache.
+    write_rows<2>(
+        g, c0, c1, dx, past_cache,
+        [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 2>{{dy + at + ahead, x + at + ahead}}; },
+        [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+          return Line{how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c), how.load(k.slope + c)};
+        },
+        [&](size_t at, auto how, const Line& l) FASTNORM_INLINE_LAMBDA {
+          return Form::dx(how.load(dy + at), how.load(x + at) - l.centre, l.scale, l.shift, l.slope);
+        });
   }
 };
 

@@ -447,9 +447,27 @@ FASTNORM_INLINE void totals(const Vector<A> (&v)[4], double (&to)[4]) {
   }
 }
 
+// Whether a lane has a bit set.
+template <class A>
+FASTNORM_INLINE bool any(Indices<A> v) {
+  const Indices<A> lane = lane_numbers<A>();
+#pragma GCC unroll 4
+  for (int half = static_cast<int>(kLanes<A>) / 2; half > 0; half /= 2) v |= __builtin_shuffle(v, lane ^ half);
+  return v[0] != 0;
+}
+
 template <class V>
 FASTNORM_INLINE V combined(const V (&sums)[4]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// f(0), f(1) ... f(n - 1), each a constant: arrays of vectors that it indexes are registers.
+template <size_t n, class F>
+FASTNORM_INLINE void repeat(const F& f) {
+  if constexpr (n > 0) {
+    repeat<n - 1>(f);
+    f(std::integral_constant<size_t, n - 1>{});
+  }
 }
 
 // Calls f(c, how) for the vectors of columns [0, n).
@@ -460,8 +478,19 @@ FASTNORM_INLINE void for_columns(size_t n, const F& f) {
   if (c < n) f(c, Part{n - c});
 }
 
-template <class A, class How>
-FASTNORM_INLINE void put(A* p, Vector<A> v, How how) {
+// The same for `wide` vectors at a time, f(c, how, width), width as a constant; the last ones one at a time.
+template <class A, size_t wide, class F>
+FASTNORM_INLINE void for_columns(size_t n, const F& f) {
+  constexpr std::integral_constant<size_t, wide> together{};
+  constexpr std::integral_constant<size_t, 1> one{};
+  size_t c = 0;
+  for (; c + wide * kLanes<A> <= n; c += wide * kLanes<A>) f(c, Whole{}, together);
+  for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{}, one);
+  if (c < n) f(c, Part{n - c}, one);
+}
+
+template <class T, class How>
+FASTNORM_INLINE void put(T* p, Vector<Acc<T>> v, How how) {
   if constexpr (std::is_same_v<How, Part>)
     store_part(p, v, how.n);
   else
