@@ -34,18 +34,42 @@ struct Parameter {
 template <class T>
 struct Row {
   using A = Acc<T>;
+  // Bytes of rows that are measured, then written together: they should still be in a first-level cache.
+  static constexpr size_t kTogetherBytes = size_t{32} << 10;
 
   // ---- forward ----
 
-  FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, double mean, double var,
-                                    double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
+  // xhat = (x - centre)*scale + shift along a row.
+  struct Affine {
+    Vector<A> centre, scale, shift;
+    FASTNORM_INLINE Vector<A> xhat(Vector<A> x) const { return mul_add(x - centre, scale, shift); }
+  };
+
+  FASTNORM_INLINE static Affine affine(double mean, double var, double eps) {
     const double rstd = rstd_of(var, eps);
     const A near = static_cast<A>(mean);
-    const Vector<A> centre = broadcast(near), scale = broadcast(static_cast<A>(rstd)),
-                    shift = broadcast(static_cast<A>(-(mean - static_cast<double>(near)) * rstd));
+    return {broadcast(near), broadcast(static_cast<A>(rstd)),
+            broadcast(static_cast<A>(-(mean - static_cast<double>(near)) * rstd))};
+  }
+
+  FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, double mean, double var,
+                                    double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
+    const Affine row = affine(mean, var, eps);
     writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0 + ahead}}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> xhat = mul_add(how.load(x + k0 + i) - centre, scale, shift);
-      return mul_add(xhat, how.load(gamma.at(k0 + i)), how.load(beta.at(k0 + i)));
+      return mul_add(row.xhat(how.load(x + k0 + i)), how.load(gamma.at(k0 + i)), how.load(beta.at(k0 + i)));
+    });
+  }
+
+  // kSweep rows through the cache, which read gamma and beta once for all of them.
+  FASTNORM_INLINE static void apply_together(const T* x, T* y, size_t cols, const double* mean, const double* var,
+                                             double eps, const Parameter<A>& gamma, const Parameter<A>& beta) {
+    Affine rows[kSweep];
+    repeat<kSweep>([&](auto r) FASTNORM_INLINE_LAMBDA { rows[r] = affine(mean ? mean[r] : 0.0, var[r], eps); });
+    for_columns<A>(cols, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> scale = how.load(gamma.at(k)), shift = how.load(beta.at(k));
+      repeat<kSweep>([&](auto r) FASTNORM_INLINE_LAMBDA {
+        put(y + r * cols + k, mul_add(rows[r].xhat(how.load(x + r * cols + k)), scale, shift), how);
+      });
     });
   }
 
@@ -111,6 +135,12 @@ struct Row {
       mean[row] = m.mean;
       var[row] = variance(m);
     };
+    if (!plan.stream && kSweep * cols * sizeof(T) <= kTogetherBytes)
+      for (; first + kSweep <= last; first += kSweep) {
+        for (size_t row = first; row < first + kSweep; ++row) measure(row);
+        apply_together(x + first * cols, y + first * cols, cols, mean ? mean + first : nullptr, var + first, eps, gamma,
+                       beta);
+      }
     for (size_t row = first; row < std::min(last, first + plan.before); ++row) measure(row);
     for (size_t row = first; row < last; ++row) {
       if (row + plan.before < last) measure(row + plan.before);
