@@ -55,10 +55,14 @@ def test_sizes_of_the_groups():
     assert {rows for rows, _ in tall} >= {256, 65536}
 
 
-def test_each_kind_meets_every_peer_once_in_the_cache_and_once_beyond():
+def test_each_kind_meets_further_peers_once_in_the_cache_and_once_beyond():
     met = [(e.group, e.case.op.name, e.case.layout.label) for e in target_entries() if e.contest]
     kinds = [("batchnorm", "ND"), ("batchnorm", "NCHW"), ("batchnorm", "NHWC"), ("layernorm", "ND")]
-    assert sorted(met) == sorted((group, *kind) for group in ("large", "cache") for kind in kinds)
+    family = [(op, layout) for op in ("groupnorm", "instancenorm") for layout in ("NCHW", "NHWC")] + [("rmsnorm", "ND")]
+    assert sorted(met) == sorted(
+        [(group, *kind) for group in ("large", "cache") for kind in kinds]
+        + [(group, *kind) for group in targets.FAMILY for kind in family]
+    )
 
 
 def test_networks_have_all_of_their_normalizations():

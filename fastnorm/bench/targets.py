@@ -26,7 +26,7 @@ import fastnorm
 from fastnorm.backends import Array
 from fastnorm.bench import machine, measure, roof
 from fastnorm.bench.cases import DIRECTIONS, OPS, Case, Direction, Entry, Inputs
-from fastnorm.bench.peers import PEERS
+from fastnorm.bench.peers import EVERYDAY, PEERS
 from fastnorm.bench.progress import Progress
 from fastnorm.bench.run import Report, Row, Section, checked, fill
 from fastnorm.bench.variants import Variant, variants
@@ -97,7 +97,7 @@ def _contestants(entry: Entry, backends: Sequence[str] | None, with_peers: bool)
     elif entry.group == "small":
         names = ("torch", "torch autograd")
     elif entry.contest:
-        names = tuple(name for name in PEERS if name != "torch autograd")
+        names = EVERYDAY if entry.group in FAMILY else tuple(name for name in PEERS if name != "torch autograd")
     else:
         names = ("torch",)
     chosen = variants(backends, with_peers=names)
