@@ -428,8 +428,10 @@ _BERT_LARGE = (4096, 1024), 48  # tokens by width; two LayerNorms in each of 24 
 
 
 def target_entries() -> list[Entry]:
-    """What the targets are judged on. The first of each layout in `large` and `cache` meets every peer, that of the rest
-    of the family JAX beside PyTorch."""
+    """What the targets are judged on.
+
+    The first case of each layout in `large` and `cache` meets every peer, that of the rest of the family JAX as well.
+    """
 
     def case(op: str, layout: str, shape: Shape, dtype: str = "float32") -> Case:
         return Case(OPS[op], OPS[op].layout(layout), shape, dtype)
