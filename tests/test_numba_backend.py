@@ -132,6 +132,41 @@ def test_channels_by_slabs_and_by_steps_have_the_same_bits(
     np.testing.assert_allclose(var, expected[1], rtol=3e-6)
 
 
+def in_steps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan, "PARALLEL_FROM", 0)
+    patch.setattr(plan, "caches", lambda: (0, 0))
+
+
+def in_narrow_slabs(patch: pytest.MonkeyPatch) -> None:
+    """A group of (20, 600, 3) in each."""
+    patch.setattr(plan, "PARALLEL_FROM", 0)
+    patch.setattr(plan, "caches", lambda: (1 << 16, 1 << 40))
+    patch.setattr(plan, "past_cache", lambda nbytes: True)
+
+
+@pytest.mark.parametrize("way", [in_one_task, in_slabs, in_narrow_slabs, past_the_cache])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 8, 200, 4), (5, 300, 40, 1, 8), (9, 20, 600, 3, 5), (2, 3, 6, 70, 3), (4, 1, 12, 1, 3)], ids=str
+)
+def test_groups_by_slabs_and_by_steps_have_the_same_bits(
+    shape: tuple[int, int, int, int, int], way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, outer, channels, inner, groups = shape
+    rng = np.random.default_rng(4)
+    x, dy = (rng.standard_normal(samples * outer * channels * inner + 1).astype(np.float32)[1:] for _ in range(2))
+    gamma, beta = (rng.standard_normal(channels).astype(np.float32) for _ in range(2))
+    found = []
+    for cut in (in_steps, way):
+        with monkeypatch.context() as patch:
+            cut(patch)
+            y, dx, (mean, var) = np.empty_like(x), np.empty_like(x), np.empty((2, samples * groups))
+            sum_dy, sum_dy_xhat = np.empty((2, channels))
+            numba_cpu.group_forward(x, *shape, gamma, beta, 1e-5, y, mean, var)
+            numba_cpu.group_backward(dy, x, *shape, mean, var, 1e-5, gamma, dx, sum_dy, sum_dy_xhat)
+        found.append(bits(y, mean, var, dx, sum_dy, sum_dy_xhat))
+    assert found[1] == found[0]
+
+
 @pytest.mark.parametrize(("rows", "cols"), [(5, 3), (700, 127), (3, 70000), (40, 20000), (300, 4100)])
 def test_rows_by_slabs_and_by_steps_have_the_same_bits(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many threads rows are too few for slabs; with one, 128 rows and more are not."""

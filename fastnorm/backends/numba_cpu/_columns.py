@@ -111,9 +111,9 @@ def _section(section, rows, fold):
 def _collapse(sums, channels, inner, copies):
     """From sums of columns to those of their channels, in place."""
     width = channels * inner
-    for top in range(width, width * copies, width):
+    for copy in range(1, copies):
         for j in range(width):
-            put(sums, j, element(sums, j) + element(sums, top + j))
+            put(sums, j, element(sums, j) + element(sums, copy * width + j))
     if inner > 1:
         zero = spread4(sums, 0.0)
         for c in range(channels):
@@ -128,13 +128,14 @@ def _expand(values, channels, inner, copies):
     """From values of channels to those of their columns, in place."""
     width = channels * inner
     if inner > 1:
-        for c in range(channels - 1, -1, -1):
+        for k in range(channels):
+            c = channels - 1 - k
             value = element(values, c)
             for j in range(c * inner, (c + 1) * inner):
                 put(values, j, value)
-    for top in range(width, width * copies, width):
+    for copy in range(1, copies):
         for j in range(width):
-            put(values, top + j, element(values, j))
+            put(values, copy * width + j, element(values, j))
 
 
 # ---- forward ---------------------------------------------------------------------------------------
@@ -187,20 +188,22 @@ def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean,
         if inner > 1:
             for c in range(channels):
                 put(centre, c, element(centre, c * inner))
-        for sweep in range(0 if inner * copies > 1 else 1, 2):
-            for c in range(channels):
-                put(chunk_mean, c, element(centre, c))
+        for sweep in range(0 if inner * copies > 1 else 1, 3):  # the first row, the chunk, its squares
+            if sweep < 2:
+                for c in range(channels):
+                    put(chunk_mean, c, element(centre, c))
             _expand(centre, channels, inner, copies)
             some = height if sweep > 0 else 1
-            _deviations(x, top, stride, some, columns, centre, sums)
+            if sweep < 2:
+                _deviations(x, top, stride, some, columns, centre, sums)
+            else:
+                _squares(x, top, stride, some, columns, centre, sums)
             _collapse(sums, channels, inner, copies)
-            for c in range(channels):
-                exact = element(chunk_mean, c) + element(sums, c) / (some * inner * copies)
-                put(chunk_mean, c, exact)
-                put(centre, c, exact)
-        _expand(centre, channels, inner, copies)
-        _squares(x, top, stride, height, columns, centre, sums)
-        _collapse(sums, channels, inner, copies)
+            if sweep < 2:
+                for c in range(channels):
+                    exact = element(chunk_mean, c) + element(sums, c) / (some * inner * copies)
+                    put(chunk_mean, c, exact)
+                    put(centre, c, exact)
         for c in range(channels):
             exact = element(chunk_mean, c)
             more = centred_squares(element(sums, c), count, exact - rounded(x, exact))
@@ -247,8 +250,8 @@ def _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, me
             put(part_squares, at, merged_squares(exact, squares, more, more_squares, seen, share))
             put(part_mean, at, merged_mean(exact, more, share))
         seen += count
-    for c in range(first, last, span):
-        at = top + c
+    for statistic in range((sample * channels + first) // span, (sample * channels + last) // span):
+        at = top + statistic * span - sample * channels
         apart, squares, between = 0.0, 0.0, 0.0
         for i in range(at + 1, at + span):
             apart += element(part_mean, i) - element(part_mean, at)  # equal ones stay exact
@@ -257,7 +260,6 @@ def _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, me
             delta = element(part_mean, i) - exact
             squares += element(part_squares, i)
             between += delta * delta
-        statistic = (sample * channels + c) // span
         put(mean, statistic, exact)
         put(var, statistic, squares / (seen * span) + between / span)
 
@@ -270,10 +272,10 @@ def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, 
     room = width * fold + ROOM
     for kind in range(kinds):
         of_channels, of_columns = (kind * samples + sample) * channels, (kind * samples + sample) * room
-        for row in range(0, room, width):
+        for copy in range(-(-room // width)):
             for c in range(first, last):
-                value = element(lines, of_channels + c)
-                for j in range(row + c * inner, least(row + (c + 1) * inner, room)):
+                value, at = element(lines, of_channels + c), copy * width + c * inner
+                for j in range(at, least(at + inner, room)):
                     put(columns, of_columns + j, value)
 
 
@@ -373,8 +375,8 @@ def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, su
             store4(chunk_dy, j, running_dy, SCRATCH)
             store4(chunk_dy_centred, j, running, SCRATCH)
         if last % CHUNK == 0 or last == rows:
-            _collapse(chunk_dy, channels, inner, copies)
-            _collapse(chunk_dy_centred, channels, inner, copies)
+            for which in range(2):  # one copy of what is compiled
+                _collapse(chunk_dy if which == 0 else chunk_dy_centred, channels, inner, copies)
             for c in range(channels):
                 put(sum_dy, into + c, element(sum_dy, into + c) + element(chunk_dy, c))
                 put(sum_dy_centred, into + c, element(sum_dy_centred, into + c) + element(chunk_dy_centred, c))
