@@ -223,19 +223,43 @@ struct Row {
     return 1;
   }
 
+  // dx = scale*((x - centre)*descent + (g - offset)) along a row.
+  struct Descent {
+    Vector<A> centre, scale, descent, offset;
+    FASTNORM_INLINE Vector<A> dx(Vector<A> g, Vector<A> x) const {
+      return scale * mul_add(x - centre, descent, g - offset);
+    }
+  };
+
+  FASTNORM_INLINE static Descent descent(const Known& row, const Sums& sums, size_t cols) {
+    const double n = static_cast<double>(cols);
+    const double slope = row.exact_rstd * row.exact_rstd * (sums.gx - row.rest * sums.g) / n;
+    return {broadcast(row.centre), broadcast(row.rstd), broadcast(static_cast<A>(-slope)),
+            broadcast(static_cast<A>(sums.g / n - row.rest * slope))};
+  }
+
   FASTNORM_INLINE static void write_dx(Writer<T>& writer, const T* dy, const T* x, T* dx, size_t k0, size_t k1,
                                        size_t cols, const Known& row, const Sums& sums, const Parameter<A>& gamma,
                                        size_t ahead) {
-    const double n = static_cast<double>(cols);
-    const double slope = row.exact_rstd * row.exact_rstd * (sums.gx - row.rest * sums.g) / n;
-    const Vector<A> centre = broadcast(row.centre), scale = broadcast(row.rstd),
-                    descent = broadcast(static_cast<A>(-slope)),
-                    offset = broadcast(static_cast<A>(sums.g / n - row.rest * slope));
+    const Descent form = descent(row, sums, cols);
     writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0 + ahead, x + k0 + ahead}},
                [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
                  const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
-                 return scale * mul_add(how.load(x + k0 + i) - centre, descent, g - offset);
+                 return form.dx(g, how.load(x + k0 + i));
                });
+  }
+
+  // Two rows through the cache, which read gamma once for both.
+  FASTNORM_INLINE static void write_pair(const T* dy, const T* x, T* dx, size_t cols, const Known* rows,
+                                         const Sums* sums, const Parameter<A>& gamma) {
+    const Descent forms[2] = {descent(rows[0], sums[0], cols), descent(rows[1], sums[1], cols)};
+    for_columns<A>(cols, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> scale = how.load(gamma.at(k));
+      repeat<2>([&](auto r) FASTNORM_INLINE_LAMBDA {
+        const size_t i = r * cols + k;
+        put(dx + i, forms[r].dx(how.load(dy + i) * scale, how.load(x + i)), how);
+      });
+    });
   }
 
   // Rows that fit a core's cache: a task takes some rows and keeps column sums of its own.
@@ -259,7 +283,11 @@ struct Row {
         const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
         if (mean == nullptr)
           for (Sums& sum : along) sum.g = 0;
-        for (size_t r = 0; r < done; ++r)
+        size_t r = 0;
+        if (!plan.stream)
+          for (; r + 2 <= done; r += 2)
+            write_pair(dy + at + r * cols, x + at + r * cols, dx + at + r * cols, cols, rows + r, along + r, gamma);
+        for (; r < done; ++r)
           write_dx(writer, dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r],
                    gamma, row + done < last ? plan.ahead : kReadAhead);
         row += done;
