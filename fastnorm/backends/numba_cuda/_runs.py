@@ -15,7 +15,7 @@ import functools
 import numpy as np
 from numba import cuda
 
-from fastnorm.backends.numba_cuda._launch import Kernel
+from fastnorm.backends.numba_cuda._launch import Kernel, device
 from fastnorm.backends.numba_cuda._memory import ITEMSIZE, access, accumulation
 from fastnorm.backends.numba_cuda._plan import BLOCK
 from fastnorm.backends.numba_cuda._scalars import (
@@ -37,6 +37,22 @@ BATCH = 4
 _of_block, _of_warp = sums(True), sums(False)
 
 
+@device
+def _extent(channel, chunk, outer, channels, inner, span, length, pieces, width):
+    """A chunk of a channel: where its runs begin within `inner`, their number, the vectors of each, and its first
+    element's number."""
+    top, left = chunk // pieces * span, chunk % pieces * length
+    first = (top * channels + channel) * inner + left
+    return left, min(span, outer - top), min(length, inner - left) // width, first
+
+
+@device
+def _next(run, at, step, vectors):
+    """The vector that is `step` further than vector `at` of a run, there being `vectors` in each."""
+    run, at = run + step // vectors, at + step % vectors
+    return (run, at) if at < vectors else (run + 1, at - vectors)
+
+
 @functools.cache
 def moments(storage: str, width: int, centred: bool) -> Kernel:
     """Mean and centred squares of each chunk, around a pivot: the mean of the chunk's first vectors. Where that turns
@@ -56,9 +72,8 @@ def moments(storage: str, width: int, centred: bool) -> Kernel:
         thread, step = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         block = np.int64(cuda.blockIdx.x)
         channel, chunk = first_channel + block // chunks, block % chunks
-        top, left = chunk // pieces * span, chunk % pieces * length
-        runs, vectors = min(span, outer - top), min(length, inner - left) // width
-        start = x + ((top * channels + channel) * inner + left) * size
+        _left, runs, vectors, start = _extent(channel, chunk, outer, channels, inner, span, length, pieces, width)
+        start = x + start * size
         stride, count = channels * inner * size, runs * vectors * width
         pivot = number(0.0)
         if centred:
@@ -80,18 +95,14 @@ def moments(storage: str, width: int, centred: bool) -> Kernel:
                 for b in range(BATCH):
                     if ahead_run < runs:
                         load(start + ahead_run * stride + ahead * (width * size), values, b * width)
-                    ahead_run, ahead = ahead_run + step // vectors, ahead + step % vectors
-                    if ahead >= vectors:
-                        ahead_run, ahead = ahead_run + 1, ahead - vectors
+                    ahead_run, ahead = _next(ahead_run, ahead, step, vectors)
                 for b in range(BATCH):
                     if run < runs:
                         for k in range(b * width, (b + 1) * width):
                             distance = values[k] - pivot
                             total += distance
                             squared += distance * distance
-                    run, at = run + step // vectors, at + step % vectors
-                    if at >= vectors:
-                        run, at = run + 1, at - vectors
+                    run, at = _next(run, at, step, vectors)
             offset, around = _of_block(np.float64(total), np.float64(squared), scratch)
             if not centred:
                 spread = around
@@ -131,9 +142,8 @@ def apply(storage: str, width: int, centred: bool, by_column: bool) -> Kernel:
         thread, step = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         block = np.int64(cuda.blockIdx.x)
         channel, chunk = first_channel + block // chunks, block % chunks
-        top, left = chunk // pieces * span, chunk % pieces * length
-        runs, vectors = min(span, outer - top), min(length, inner - left) // width
-        start = ((top * channels + channel) * inner + left) * size
+        left, runs, vectors, start = _extent(channel, chunk, outer, channels, inner, span, length, pieces, width)
+        start *= size
         stride = channels * inner * size
         average = 0.0
         if centred:
@@ -159,9 +169,7 @@ def apply(storage: str, width: int, centred: bool, by_column: bool) -> Kernel:
             for b in range(BATCH):
                 if ahead_run < runs:
                     load(x + start + ahead_run * stride + ahead * (width * size), values, b * width)
-                ahead_run, ahead = ahead_run + step // vectors, ahead + step % vectors
-                if ahead >= vectors:
-                    ahead_run, ahead = ahead_run + 1, ahead - vectors
+                ahead_run, ahead = _next(ahead_run, ahead, step, vectors)
             for b in range(BATCH):
                 if run < runs:
                     if by_column:
@@ -175,9 +183,7 @@ def apply(storage: str, width: int, centred: bool, by_column: bool) -> Kernel:
                             value = value * factors[k] + offsets[k]
                         values[b * width + k] = value
                     store(y + start + run * stride + at * (width * size), values, b * width)
-                run, at = run + step // vectors, at + step % vectors
-                if at >= vectors:
-                    run, at = run + 1, at - vectors
+                run, at = _next(run, at, step, vectors)
 
     return Kernel(f"runs_apply-{storage}-{width}-{centred}-{by_column}", runs_apply, "qqqqqqqqqqqqqqqqd", BLOCK)
 
@@ -203,9 +209,8 @@ def reduce(storage: str, width: int, centred: bool, by_column: bool) -> Kernel:
         thread, step = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         block = np.int64(cuda.blockIdx.x)
         channel, chunk = first_channel + block // chunks, block % chunks
-        top, left = chunk // pieces * span, chunk % pieces * length
-        runs, vectors = min(span, outer - top), min(length, inner - left) // width
-        start = ((top * channels + channel) * inner + left) * size
+        left, runs, vectors, start = _extent(channel, chunk, outer, channels, inner, span, length, pieces, width)
+        start *= size
         stride = channels * inner * size
         near = number(0.0)
         if centred:
@@ -225,9 +230,7 @@ def reduce(storage: str, width: int, centred: bool, by_column: bool) -> Kernel:
                 g = gs[k] * factors[k] if by_column else gs[k]
                 total += g
                 product += g * (xs[k] - near)
-            run, at = run + step // vectors, at + step % vectors
-            if at >= vectors:
-                run, at = run + 1, at - vectors
+            run, at = _next(run, at, step, vectors)
         all_total, all_product = _of_block(np.float64(total), np.float64(product), scratch)
         if thread == 0:
             wide_value[0] = all_total
@@ -263,9 +266,8 @@ def gradient(storage: str, width: int, centred: bool, by_column: bool) -> Kernel
         thread, step = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         block = np.int64(cuda.blockIdx.x)
         channel, chunk = first_channel + block // chunks, block % chunks
-        top, left = chunk // pieces * span, chunk % pieces * length
-        runs, vectors = min(span, outer - top), min(length, inner - left) // width
-        start = ((top * channels + channel) * inner + left) * size
+        left, runs, vectors, start = _extent(channel, chunk, outer, channels, inner, span, length, pieces, width)
+        start *= size
         stride = channels * inner * size
         of = channel // share * 8
         average = 0.0
@@ -301,9 +303,7 @@ def gradient(storage: str, width: int, centred: bool, by_column: bool) -> Kernel
                 g = gs[k] * (factors[k] if by_column else factors[0])
                 gs[k] = input_gradient(g, xs[k], near, scale, lift, slope)
             store(dx + place, gs, 0)
-            run, at = run + step // vectors, at + step % vectors
-            if at >= vectors:
-                run, at = run + 1, at - vectors
+            run, at = _next(run, at, step, vectors)
 
     name = f"runs_gradient-{storage}-{width}-{centred}-{by_column}"
     return Kernel(name, runs_gradient, "qqqqqqqqqqqqqqqqqqqdd", BLOCK)
