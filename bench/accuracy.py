@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastnorm.backends import Array
 from fastnorm.bench import check
 from fastnorm.bench.cases import DIRECTIONS, OPS, Case, Direction, Inputs, Shape
 from fastnorm.bench.peers import PEERS
@@ -49,13 +50,12 @@ def around(case: Case, mean: float) -> Inputs:
     return inputs._replace(x=x.astype(inputs.x.dtype))
 
 
-def error(case: Case, direction: Direction, mean: float, variant: Variant) -> float | None:
+def error(case: Case, direction: Direction, inputs: Inputs, want: tuple[Array, ...], variant: Variant) -> float | None:
     if not variant.computes(case, direction):
         return None
-    inputs = around(case, mean)
     call = variant.bind(case, inputs, direction)
     with np.errstate(all="ignore"):
-        return check.error(case, call.arrays(call.run()), check.reference(case, inputs, direction))
+        return check.error(case, call.arrays(call.run()), want)
 
 
 def label(variant: Variant) -> str:
@@ -70,7 +70,9 @@ def table(direction: Direction, cases: list[Case], variants: list[Variant]) -> d
     columns: dict[tuple[str, str], list[float]] = {}
     for case in cases:
         for mean in MEANS[case.dtype]:
-            found = [error(case, direction, mean, each) for each in variants]
+            inputs = around(case, mean)
+            want = check.reference(case, inputs, direction)
+            found = [error(case, direction, inputs, want, each) for each in variants]
             cells = ["-" if each is None else f"{each:.0e}" for each in found]
             print(f"| {title(case)} | {mean:,} | {' | '.join(cells)} |", flush=True)
             for name, each in zip(names, found, strict=True):
