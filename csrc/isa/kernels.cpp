@@ -1,5 +1,7 @@
 // The kernels of one storage type at one instruction set level: compiled once for each pair, with FASTNORM_LEVEL naming
 // the namespace and FASTNORM_DTYPE the type.
+#include <tuple>
+
 #include "fastnorm/dropout.hpp"
 #include "fastnorm/group.hpp"
 #include "fastnorm/row.hpp"
@@ -8,25 +10,9 @@ namespace fastnorm::FASTNORM_LEVEL {
 
 namespace {
 
-template <DType>
-struct Storage;
-template <>
-struct Storage<DType::float16> {
-  using type = Half;
-};
-template <>
-struct Storage<DType::bfloat16> {
-  using type = BFloat16;
-};
-template <>
-struct Storage<DType::float32> {
-  using type = float;
-};
-template <>
-struct Storage<DType::float64> {
-  using type = double;
-};
-using T = Storage<DType::FASTNORM_DTYPE>::type;
+// In the order of DType.
+using Storage = std::tuple<Half, BFloat16, float, double>;
+using T = std::tuple_element_t<static_cast<size_t>(DType::FASTNORM_DTYPE), Storage>;
 
 const T* in(const void* p) { return static_cast<const T*>(p); }
 T* to(void* p) { return static_cast<T*>(p); }
