@@ -88,14 +88,14 @@ Cut cut_channels(ChannelShape shape) {
   return cut;
 }
 
-bool streams(std::size_t bytes) { return bytes >= caches().l3 / 4; }
+bool streams(std::size_t bytes, std::size_t arrays) { return bytes >= caches().l3 * 2 / (arrays == 1 ? 5 : 8); }
 
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
   const std::size_t elements = shape.outer * shape.channels * shape.inner;
   const std::size_t channel_bytes = shape.outer * shape.inner * itemsize * arrays;
   const std::size_t workers = static_cast<std::size_t>(threads);
   ChannelPlan plan{};
-  plan.stream = streams(elements * itemsize);
+  plan.stream = streams(elements * itemsize, arrays);
   plan.passes = 1;
   plan.slab = shape.channels;
   plan.serial = elements < kSerial;
@@ -139,7 +139,7 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   const std::size_t elements = shape.outer * shape.channels * shape.inner;
   const std::size_t statistic_bytes = shape.outer * span * shape.inner * itemsize * arrays;
   ChannelPlan plan{};
-  plan.stream = streams(shape.samples * elements * itemsize);
+  plan.stream = streams(shape.samples * elements * itemsize, arrays);
   plan.passes = 1;
   plan.slab = shape.channels;
   plan.serial = shape.samples * group_work(shape) < kSerial;
@@ -171,14 +171,16 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
 RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
   const std::size_t row_bytes = shape.cols * itemsize, workers = static_cast<std::size_t>(threads);
   RowPlan plan{};
-  plan.stream = streams(shape.rows * row_bytes);
+  plan.stream = streams(shape.rows * row_bytes, arrays);
   plan.passes = 1;
   if (arrays == 1) {
     const bool one_block = shape.cols <= kChunk, serial = shape.rows * shape.cols < kSerial;
     plan.team = !serial && !one_block && (shape.rows < 4 * workers || row_bytes > caches().l3 / 2 / workers);
     plan.before = one_block ? std::min(kRowsBefore, kBytesBefore / row_bytes) : 0;
     plan.rows = plan.before + 1;
-    plan.task = std::max<std::size_t>(1, std::min(kTaskBytes, shape.rows * row_bytes / (4 * workers)) / row_bytes);
+    plan.task =
+        serial ? shape.rows
+               : std::max<std::size_t>(1, std::min(kTaskBytes, shape.rows * row_bytes / (4 * workers)) / row_bytes);
     plan.ahead = (one_block ? std::max(plan.rows, kFetchBytes / row_bytes) : 1) * shape.cols;
     if (plan.team && row_bytes > caches().l3 / 2) plan.passes = 2;
     return plan;

@@ -108,7 +108,7 @@ def test_kernels_agree_bit_by_bit(n, dtype, rng, backend):
 @pytest.mark.parametrize("offset", [0, 4, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_agree_on_arrays_beyond_the_cache(dtype, offset, rng, backend):
-    n = (16 << 20) // dtype_of(dtype).itemsize + 5  # stores go past the cache from a quarter of L3 on
+    n = (16 << 20) // dtype_of(dtype).itemsize + 5  # x and y exceed what fits the cache
     table, reference = _dispatch.kernels(backend), _dispatch.kernels("numpy")
     x = rng.standard_normal(n + offset, np.float32).astype(dtype_of(dtype))[offset:]
     expected, found = np.empty_like(x), np.empty(n + offset, x.dtype)[offset:]

@@ -97,7 +97,7 @@ def in_slabs(patch: pytest.MonkeyPatch) -> None:
 
 def past_the_cache(patch: pytest.MonkeyPatch) -> None:
     in_slabs(patch)
-    patch.setattr(plan, "past_cache", lambda nbytes: True)
+    patch.setattr(plan, "past_cache", lambda nbytes, arrays=1: True)
 
 
 @pytest.mark.parametrize("by_columns", [True, False])
@@ -141,7 +141,7 @@ def in_narrow_slabs(patch: pytest.MonkeyPatch) -> None:
     """A group of (20, 600, 3) in each."""
     patch.setattr(plan, "PARALLEL_FROM", 0)
     patch.setattr(plan, "caches", lambda: (1 << 16, 1 << 40))
-    patch.setattr(plan, "past_cache", lambda nbytes: True)
+    patch.setattr(plan, "past_cache", lambda nbytes, arrays=1: True)
 
 
 @pytest.mark.parametrize("way", [in_one_task, in_slabs, in_narrow_slabs, past_the_cache])
@@ -177,7 +177,7 @@ def test_rows_by_slabs_and_by_steps_have_the_same_bits(rows: int, cols: int, mon
     found = []
     for count, stream in ((1, False), (1, True), (1000, False), (1000, True)):
         monkeypatch.setattr(numba_cpu, "threads", lambda count=count: count)
-        monkeypatch.setattr(plan, "past_cache", lambda nbytes, stream=stream: stream)
+        monkeypatch.setattr(plan, "past_cache", lambda nbytes, arrays=1, stream=stream: stream)
         y, dx, mean, var = np.empty_like(x), np.empty_like(x), np.empty(rows), np.empty(rows)
         dgamma, dbeta = np.empty(cols), np.empty(cols)
         numba_cpu.row_forward(x, rows, cols, gamma, beta, 1e-5, y, mean, var)

@@ -73,6 +73,10 @@ def test_groups_go_sample_by_sample():
 def test_small_results_stay_in_cache():
     assert not fastnorm.plan("layernorm", (64, 64)).streams
     assert fastnorm.plan("layernorm", (L3 // 4096, 4096)).streams
+    for op, shape in ("layernorm", (-1, 1024)), ("batchnorm", (-1, 64, 56, 56)), ("instancenorm", (-1, 64, 56, 56)):
+        fits = (5 * L3 // 16 // (4 * -np.prod(shape)), *shape[1:])
+        assert not fastnorm.plan(op, fits).streams
+        assert fastnorm.plan(op, fits, direction="backward").streams
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

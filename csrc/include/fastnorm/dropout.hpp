@@ -64,7 +64,7 @@ struct Dropout {
 
   static void run(const T* x, size_t n, uint64_t first, uint64_t seed, uint64_t threshold, double scale, T* y) {
     const Philox philox(seed);
-    const bool past_cache = streams(n * sizeof(T));
+    const bool past_cache = streams(n * sizeof(T), 1);
     const Vector<A> factor = broadcast(static_cast<A>(scale));
     const size_t piece = past_cache ? kStreamedPiece : kPiece;
     parallel_for((n + piece - 1) / piece, [&](size_t task, int) {

@@ -116,7 +116,7 @@ def _columns_backward(
     factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
     arguments = (
         *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns,
-        _plan.past_cache(x.nbytes),
+        _plan.past_cache(x.nbytes, arrays=2),
     )  # fmt: skip
     for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 2, threads()):
         cut = launch.sample, *sizes, span, grid, launch.group
@@ -157,7 +157,7 @@ def _runs_backward(
     factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
     arguments = (
         *parts, mean, var, eps, factors, span, _period(channels, gamma, gain), sum_dy, sum_dy_xhat, count, lines,
-        _plan.past_cache(x.nbytes),
+        _plan.past_cache(x.nbytes, arrays=2),
     )  # fmt: skip
     for launch in _plan.of_runs(steps, sizes, span, tiles, x.itemsize, 2, threads()):
         _runs.backward(
@@ -338,7 +338,7 @@ def row_backward(
     sums = np.empty((2, rows * pieces))
     downwards = np.zeros((2, parts * cols), _accumulation(x))
     totals = np.empty((2, cols)) if dgamma is None or dbeta is None else (dgamma, dbeta)
-    stream = _plan.past_cache(x.nbytes)
+    stream = _plan.past_cache(x.nbytes, arrays=2)
     row_bytes = 2 * cols * x.itemsize
 
     def launch(steps: int, tasks: int, first: int, last: int, slab: int, ahead: int) -> None:

@@ -41,9 +41,12 @@ def in_one_task(size: int) -> bool:
     return size < PARALLEL_FROM
 
 
-def past_cache(nbytes: int) -> bool:
-    """Whether an output of this size is better stored past the cache."""
-    return nbytes >= caches()[1] // 4
+def past_cache(nbytes: int, arrays: int = 1) -> bool:
+    """Whether an output of this size, of a call that reads so many arrays of it, is better stored past the cache.
+
+    As in csrc/include/fastnorm/plan.hpp.
+    """
+    return nbytes >= caches()[1] * 2 // (5 if arrays == 1 else 8)
 
 
 class Launch(NamedTuple):
