@@ -4,8 +4,8 @@ python bench/against_pytorch.py [--op NAME,...] [--dtype NAME,...] [--only REGEX
 
 The public functions with the C++ backend on as many threads as PyTorch, both into new arrays, in bursts of one after
 the other so that data stay in the cache. The peers are those of `python -m fastnorm bench` (fastnorm/bench/peers.py):
-GroupNorm's backward is the operator that autograd calls, without the graph; `moments` meets `torch.var_mean`, and
-`normalize` BatchNorm in test mode. A line has microseconds of ours and of theirs and the ratio, by minima and by
+GroupNorm's backward is the operator that autograd calls, without the graph; `moments` meets `torch.var_mean`, with
+weights (`weighted`) two passes by hand, and `normalize` BatchNorm in test mode. A line has microseconds of ours and of theirs and the ratio, by minima and by
 medians; those below 1 by minima stand together at the end, and make the exit status 1. What other programs disturbed
 is timed again, and says so where that did not help.
 """
@@ -50,7 +50,7 @@ SHAPES = {
     "instancenorm": {"NCHW": IMAGES, "NHWC": IMAGES, "NCL": SEQUENCES},
     "rmsnorm": {"ND": ROWS},
 }
-STATISTICS = ("moments", "normalize")
+STATISTICS = ("moments", "weighted", "normalize")
 NAMES = (*SHAPES, dropout.NAME, *STATISTICS)
 
 Call = Callable[[], Any]
@@ -107,7 +107,7 @@ def _statistics(op: str, dtype: str) -> Iterator[Contest]:
     if dtype == "bfloat16":  # PyTorch's tensors do not share it with NumPy's arrays without a detour
         return
     kinds: list[tuple[str, tuple[Shape, ...], tuple[int, ...]]] = [("columns", ROWS, (0,))]
-    if op == "moments":
+    if op != "normalize":
         kinds += [("rows", ROWS, (1,)), ("all", ROWS, (0, 1))]
     kinds += [("NCHW", IMAGES, (0, 2, 3)), ("NHWC", IMAGES, (0, 2, 3))]
     for kind, shapes, axes in kinds:
@@ -126,6 +126,13 @@ def _statistics(op: str, dtype: str) -> Iterator[Contest]:
                         lambda: fastnorm.moments(x, axes, backend="cpp"),
                         lambda: torch.var_mean(tensor, axes, correction=0),
                     )
+                if op == "weighted":  # one weight a position, all channels alike
+                    among = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+                    weights = np.random.default_rng(0).random(among).astype(np.float32)
+                    return (
+                        lambda: fastnorm.moments(x, axes, weights=weights, backend="cpp"),
+                        lambda: _weighted_by_hand(tensor, torch.from_numpy(weights), axes),
+                    )
                 _, mean, var = fastnorm.moments(x, axes, keepdims=True, backend="cpp")
                 statistics = [torch.from_numpy(each.reshape(-1).astype(np.float32)) for each in (mean, var)]
                 return (
@@ -134,6 +141,13 @@ def _statistics(op: str, dtype: str) -> Iterator[Contest]:
                 )
 
             yield Contest(f"{op} {kind} {'x'.join(map(str, shape))} {dtype}", bind)
+
+
+def _weighted_by_hand(x: Any, weights: Any, axes: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """PyTorch has no moments with weights: in two passes, as one would write them."""
+    count = weights.sum(axes, keepdim=True)
+    mean = (weights * x).sum(axes, keepdim=True) / count
+    return count, mean, (weights * (x - mean) ** 2).sum(axes, keepdim=True) / count
 
 
 def main() -> int:

@@ -57,16 +57,9 @@ std::size_t group_work(GroupShape shape) {
   return shape.outer * shape.channels * shape.inner + kGroupWork * shape.groups;
 }
 
-}  // namespace
-
-Caches caches() {
-  static const Caches found{cache_size(2, std::size_t{1} << 20), cache_size(3, std::size_t{8} << 20)};
-  return found;
-}
-
-Cut cut_channels(ChannelShape shape) {
+Cut cut_up(ChannelShape shape, bool side_by_side) {
   Cut cut{};
-  cut.side_by_side = shape.inner == 1 || (shape.inner <= kShortRun && shape.outer >= kRowsOfShortRuns);
+  cut.side_by_side = side_by_side;
   cut.fold = 1;
   if (cut.side_by_side) {
     cut.fold = std::clamp<std::size_t>(kFoldedRow / (shape.channels * shape.inner), 1, shape.outer);
@@ -87,6 +80,19 @@ Cut cut_channels(ChannelShape shape) {
   cut.groups = ceil_div(cut.units, cut.per_group);
   return cut;
 }
+
+}  // namespace
+
+Caches caches() {
+  static const Caches found{cache_size(2, std::size_t{1} << 20), cache_size(3, std::size_t{8} << 20)};
+  return found;
+}
+
+Cut cut_channels(ChannelShape shape) {
+  return cut_up(shape, shape.inner == 1 || (shape.inner <= kShortRun && shape.outer >= kRowsOfShortRuns));
+}
+
+Cut cut_weighted(ChannelShape shape) { return cut_up(shape, shape.inner == 1); }
 
 bool streams(std::size_t bytes, std::size_t arrays) { return bytes >= caches().l3 * 2 / (arrays == 1 ? 5 : 8); }
 

@@ -8,6 +8,10 @@ import numpy as np
 _Array = np.ndarray[Any, Any]
 
 def channel_moments(x: _Array, outer: int, channels: int, inner: int, mean: _Array, var: _Array, /) -> None: ...
+def channel_weighted_moments(
+    x: _Array, outer: int, channels: int, inner: int, weights: _Array, each: bool,
+    count: _Array, mean: _Array, var: _Array, /,
+) -> None: ...  # fmt: skip
 def channel_apply(
     x: _Array, outer: int, channels: int, inner: int,
     mean: _Array, var: _Array, eps: float, gamma: _Array | None, beta: _Array | None, y: _Array, /,

@@ -241,6 +241,17 @@ def to_index(flat: Array | None, order: Axes | None, lengths: tuple[int, ...]) -
     return indexed.reshape(-1)
 
 
+def weights(given: Array, shape: tuple[int, ...], view: View, kept: Axes, dtype: np.dtype[Any]) -> tuple[Array, bool]:
+    """Weights of an array of this shape and channel view as 1-D in the order of its memory, and whether there is one
+    an element; else they do not differ along the kept axes, and there is one for each position along the others.
+    """
+    padded = given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
+    each = any(padded.shape[axis] != 1 for axis in kept)
+    lengths = [1 if axis in kept and not each else n for axis, n in enumerate(shape)]
+    order = (*view.memory, *(axis for axis in range(len(shape)) if axis not in view.memory))
+    return _arrays.flat(np.broadcast_to(padded, lengths).transpose(order), dtype), each
+
+
 # ---- buffers --------------------------------------------------------------------------------------
 
 

@@ -292,6 +292,29 @@ def check_moments(found: Moments, x: Array, axes: tuple[int, ...]) -> None:
     assert (found.var >= 0).all()
 
 
+def check_weighted(found: Moments, x: Array, weights: Array, axes: tuple[int, ...]) -> None:
+    """Check moments of x with weights over these axes. The error is that of moments without: the sums have as many
+    terms, and a weight is one more factor of each.
+    """
+    accumulation = _layout.accumulation_dtype(storage(x))
+    wider = _wider(accumulation)
+    weights = np.broadcast_to(weights, x.shape).astype(wider)
+    kept = np.where(weights == 0, 0, x.astype(wider))
+    count = weights.sum(axis=axes, keepdims=True)
+    share = weights / np.where(count == 0, 1, count)
+    mean = (share * kept).sum(axis=axes, keepdims=True)
+    mean += (share * (kept - mean)).sum(axis=axes, keepdims=True)  # what rounding took where it is far from 0
+    var = (share * (kept - mean) ** 2).sum(axis=axes, keepdims=True)
+    rounding, terms = _mean_rounding(mean, accumulation, naive=False), x.size // max(1, found.mean.size)
+    u = roundoff(accumulation) * np.sqrt(terms)
+    magnitudes = count, np.sqrt(var) + rounding, var + np.sqrt(var) * rounding + rounding**2 * u
+    for name, value, magnitude in zip(found._fields, (count, mean, var), magnitudes, strict=True):
+        got = getattr(found, name)
+        assert got.dtype == np.float64
+        check(name, got, Quantity(value, magnitude), accumulation, terms)
+    assert (found.var >= 0).all()
+
+
 @lru_cache(maxsize=8)
 def standard(op: str, shape: tuple[int, ...], axis: int = 1, dtype: str = "float32") -> tuple[Case, Inputs, Truth]:
     """A case, its standard inputs (not to be written to) and the truth for them."""

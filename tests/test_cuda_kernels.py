@@ -165,3 +165,11 @@ def test_accesses_are_as_wide_as_length_and_addresses_allow() -> None:
     assert [_plan.width(size, 64, 1024) for size in (2, 4, 8)] == [8, 4, 2]
     assert [_plan.width(4, length, 1024) for length in (6, 7)] == [2, 1]
     assert [_plan.width(4, 64, 1024 + step) for step in (4, 8, 16)] == [1, 2, 4]
+
+
+def test_moments_with_weights_are_refused() -> None:
+    from fastnorm.backends.numba_cuda import kernels as functions
+
+    x: Any = None
+    with pytest.raises(ValueError, match="'cuda' has no moments with weights"):
+        functions.channel_weighted_moments(x, 1, 1, 1, x, True, x, x, x)

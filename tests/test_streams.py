@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ARRANGEMENTS, check_moments
+from cases import ARRANGEMENTS, check_moments, check_weighted
 
 import fastnorm
 from fastnorm import Moments
@@ -19,57 +20,104 @@ ROOT = Path(__file__).parent.parent
 AXES = [None, 0, 1, -1, (0, 1), (0, 2), (1, 2), (0, 1, 2), ()]
 
 
-def _weighted(x, weights, axes):
-    """sum(w), sum(w*x)/sum(w) and sum(w*(x - mean)^2)/sum(w) in the widest dtype."""
-    x, weights = np.asarray(x).astype(np.longdouble), np.broadcast_to(weights, x.shape).astype(np.longdouble)
-    count = weights.sum(axis=axes, keepdims=True)
-    mean = (weights * x).sum(axis=axes, keepdims=True) / count
-    return count, mean, (weights * (x - mean) ** 2).sum(axis=axes, keepdims=True) / count
+@pytest.fixture
+def host(backend):
+    """The backends that weigh: those in host memory."""
+    if backend == "cuda":
+        pytest.skip("moments with weights are computed in host memory")
+    return backend
 
 
 @pytest.mark.parametrize("axis", AXES, ids=str)
 @pytest.mark.parametrize("shape", [(), (6,), (5, 1), (1, 6), (4, 5, 6), (4, 1, 1)], ids=str)
-def test_weights_that_broadcast(shape, axis, rng):
+def test_weights_that_broadcast(shape, axis, host, rng):
     x, weights = rng.standard_normal((4, 5, 6)), rng.random(shape) + 0.1
     axes = tuple(range(3)) if axis is None else axis
     for keepdims in (False, True):
-        found = fastnorm.moments(x, axis, weights=weights, keepdims=keepdims)
-        for got, expected in zip(found, _weighted(x, weights, axes), strict=True):
-            assert got.dtype == np.float64
-            assert got.shape == x.sum(axis=axes, keepdims=keepdims).shape
-            np.testing.assert_allclose(got, expected.reshape(got.shape).astype(float), rtol=1e-12, atol=1e-14)
+        found = fastnorm.moments(x, axis, weights=weights, keepdims=keepdims, backend=host)
+        assert {got.shape for got in found} == {x.sum(axis=axes, keepdims=keepdims).shape}
+        check_weighted(found, x, weights, axes)
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_of_one_are_no_weights(dtype, arrangement, rng):
+def test_weights_of_one_are_no_weights(dtype, arrangement, host, rng):
     x = ARRANGEMENTS[arrangement]((3 + 2 * rng.standard_normal((4, 5, 6))).astype(dtype_of(dtype)))
-    found, plain = (fastnorm.moments(x, (0, 2), weights=weights) for weights in (np.ones(6, np.int64), None))
-    np.testing.assert_array_equal(found.count, plain.count)
-    np.testing.assert_allclose(found.mean, plain.mean, rtol=1e-6)
-    np.testing.assert_allclose(found.var, plain.var, rtol=1e-5, atol=1e-12)
+    for ones in (np.ones(6, np.int64), np.ones((4, 5, 6), np.float16)):
+        found, plain = (fastnorm.moments(x, (0, 2), weights=weights, backend=host) for weights in (ones, None))
+        np.testing.assert_array_equal(found.count, plain.count)
+        np.testing.assert_allclose(found.mean, plain.mean, rtol=1e-6)
+        np.testing.assert_allclose(found.var, plain.var, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("axis", [0, 1, None])
-def test_weighted_values_far_from_zero(axis, rng):
-    """A mean of 1e6 spreads, over several blocks."""
-    x, weights = 1e6 + rng.standard_normal((700, 300)), rng.random((700, 1)) + 0.1
-    found = fastnorm.moments(x, axis, weights=weights)
-    _, mean, var = _weighted(x, weights, axis)
-    np.testing.assert_allclose(found.mean, mean.reshape(found.mean.shape).astype(float), rtol=0, atol=1e-9)
-    np.testing.assert_allclose(found.var, var.reshape(found.var.shape).astype(float), rtol=1e-9)
+# Columns (few, and in several blocks), runs short and long, rows, everything; several chunks and groups of each.
+WEIGHTED = [
+    ((700, 300), 0), ((5001, 3), 0), ((65, 2100), 0), ((8200, 17), 0), ((700, 300), 1), ((3, 9001), 1),
+    ((70, 301), None), ((20, 33, 7, 7), (0, 2, 3)), ((3, 5, 90, 101), (0, 2, 3)), ((3, 4, 5, 6), (1, 3)), ((6, 1), 0),
+    ((1, 6), 0),
+]  # fmt: skip
 
 
-def test_weighted_constants_are_exact(rng):
-    found = fastnorm.moments(np.full((999, 3), 0.1), 0, weights=rng.random((999, 1)))
-    np.testing.assert_array_equal(found.mean, np.full(3, 0.1))
-    np.testing.assert_array_equal(found.var, np.zeros(3))
+def _kinds_of_weights(shape, axes, rng):
+    """One an element, one a position; a mask with what it leaves out at the front, and of whole channels."""
+    positions = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+    mask = np.arange(math.prod(shape)).reshape(shape) % 7 > 2
+    mask[: shape[0] // 3] = False
+    return rng.random(shape) + 0.1, rng.random(positions) + 0.1, mask, np.resize([False, True], positions)
 
 
-def test_weight_zero_leaves_out(rng):
+@pytest.mark.parametrize("far", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), WEIGHTED, ids=str)
+def test_weighted_moments_are_as_accurate_as_plain_ones(shape, axis, dtype, far, host, rng):
+    axes = tuple(range(len(shape))) if axis is None else tuple(np.atleast_1d(axis).astype(int))
+    x = (far + rng.standard_normal(shape)).astype(dtype_of(dtype))
+    x[(0,) * len(shape)] += 100  # a first value far from the rest
+    for weights in _kinds_of_weights(shape, axes, rng):
+        left_out = np.where(np.broadcast_to(weights, shape) == 0, np.nan, x).astype(x.dtype)
+        check_weighted(fastnorm.moments(left_out, axis, weights=weights, backend=host), x, weights, axes)
+
+
+@pytest.mark.parametrize(("shape", "axis"), WEIGHTED, ids=str)
+def test_weighted_moments_have_the_same_bits_for_any_number_of_threads(shape, axis, host, rng):
+    axes = tuple(range(len(shape))) if axis is None else tuple(np.atleast_1d(axis).astype(int))
+    large = tuple(n * 11 if axis == 0 and n > 1 else n for axis, n in enumerate(shape))
+    x = rng.standard_normal(large).astype(np.float32)
+    for weights in _kinds_of_weights(large, axes, rng):
+        bits = set()
+        for threads in (1, 2, 3, 7):
+            fastnorm.set_num_threads(threads)
+            bits.add(b"".join(v.tobytes() for v in fastnorm.moments(x, axis, weights=weights, backend=host)))
+        assert len(bits) == 1
+
+
+@pytest.mark.parametrize(("shape", "axis"), WEIGHTED, ids=str)
+@pytest.mark.parametrize("value", [0.1, -3e4])
+def test_weighted_constants_are_exact(value, shape, axis, host, rng):
+    axes = tuple(range(len(shape))) if axis is None else tuple(np.atleast_1d(axis).astype(int))
+    x = np.full(shape, value, np.float32)
+    for weights in _kinds_of_weights(shape, axes, rng):
+        found = fastnorm.moments(x, axis, weights=weights, backend=host)
+        np.testing.assert_array_equal(found.mean, np.where(found.count > 0, float(x.flat[0]), 0.0))
+        np.testing.assert_array_equal(found.var, np.zeros(found.mean.shape))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-42, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_of_any_size(dtype, scale, host, rng):
+    """Those that float32 cannot hold, or could not multiply, are computed in float64."""
+    x, weights = rng.standard_normal((200, 3)).astype(dtype), scale * (rng.random((200, 1)) + 0.1)
+    found = fastnorm.moments(x, 0, weights=weights, backend=host)
+    expected = fastnorm.moments(x, 0, weights=weights / scale, backend=host)
+    np.testing.assert_allclose(found.count, expected.count * scale, rtol=1e-6)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-5)
+    np.testing.assert_allclose(found.var, expected.var, rtol=1e-5)
+
+
+def test_weight_zero_leaves_out(host, rng):
     x, mask = rng.standard_normal((50, 3)), rng.random((50, 3)) < 0.7
     mask[:, 2] = False
-    found = fastnorm.moments(np.where(mask, x, np.nan), 0, weights=mask)
+    found = fastnorm.moments(np.where(mask, x, np.nan), 0, weights=mask, backend=host)
     for channel in range(2):
         kept = x[mask[:, channel], channel]
         assert found.count[channel] == kept.size
@@ -77,19 +125,20 @@ def test_weight_zero_leaves_out(rng):
     assert (found.count[2], found.mean[2], found.var[2]) == (0, 0, 0)
 
 
-def test_weighted_nan_stays_in_its_channel(rng):
+def test_weighted_nan_stays_in_its_channel(host, rng):
     x = rng.standard_normal((50, 3))
     x[7, 1] = np.nan
-    found = fastnorm.moments(x, 0, weights=np.ones(3))
+    found = fastnorm.moments(x, 0, weights=np.ones(3), backend=host)
     np.testing.assert_array_equal(np.isnan(found.mean), [False, True, False])
     np.testing.assert_array_equal(np.isnan(found.var), [False, True, False])
 
 
-def test_weighted_moments_merge(rng):
+def test_weighted_moments_merge(host, rng):
     x, weights = 1e4 + rng.standard_normal((60, 4)), rng.random((60, 4))
     weights[:20, 1], weights[20:, 2], weights[:, 3] = 0, 0, 0
-    whole = fastnorm.moments(x, 0, weights=weights)
-    merged = fastnorm.moments(x[:20], 0, weights=weights[:20]).update(x[20:], 0, weights=weights[20:])
+    whole = fastnorm.moments(x, 0, weights=weights, backend=host)
+    first = fastnorm.moments(x[:20], 0, weights=weights[:20], backend=host)
+    merged = first.update(x[20:], 0, weights=weights[20:], backend=host)
     for got, expected in zip(merged, whole, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
@@ -97,7 +146,7 @@ def test_weighted_moments_merge(rng):
 @pytest.mark.parametrize(
     ("weights", "error", "named"),
     [
-        (np.ones(4), ValueError, r"weights.*\(5, 3\).*\(4,\)"),
+        (np.ones(4), ValueError, r"weights.*\(\d, 3\).*\(4,\)"),
         (np.ones((1, 5, 3)), ValueError, "weights"),
         (-np.ones(3), ValueError, "weights.*at least 0"),
         (np.array([1, np.nan, 1]), ValueError, "weights.*finite"),
@@ -106,13 +155,27 @@ def test_weighted_moments_merge(rng):
         ("ones", TypeError, "weights"),
     ],
 )
-def test_bad_weights(weights, error, named):
-    with pytest.raises(error, match=named):
-        fastnorm.moments(np.ones((5, 3)), 0, weights=weights)
+def test_bad_weights(weights, error, named, host):
+    for shape, axis in ((5, 3), 0), ((5, 3), 1), ((0, 3), 0):
+        with pytest.raises(error, match=named):
+            fastnorm.moments(np.ones(shape, np.float32), axis, weights=weights, backend=host)
 
 
-def test_empty_with_weights():
-    found = fastnorm.moments(np.zeros((0, 3)), 0, weights=np.ones(3))
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("shape", "axis"), WEIGHTED, ids=str)
+def test_one_bad_weight_anywhere_is_found(shape, axis, bad, host):
+    axes = tuple(range(len(shape))) if axis is None else tuple(np.atleast_1d(axis).astype(int))
+    x = np.ones(shape, np.float32)
+    for of_weights in (shape, [n if axis in axes else 1 for axis, n in enumerate(shape)]):
+        for place in (0, -1):
+            weights = np.ones(of_weights, np.float32)
+            weights.flat[place] = bad
+            with pytest.raises(ValueError, match="weights: expected finite numbers of at least 0"):
+                fastnorm.moments(x, axis, weights=weights, backend=host)
+
+
+def test_empty_with_weights(host):
+    found = fastnorm.moments(np.zeros((0, 3)), 0, weights=np.ones(3), backend=host)
     for values in found:
         np.testing.assert_array_equal(values, np.zeros(3))
 

@@ -64,6 +64,14 @@ void register_channel(py::module_& m) {
     const py::gil_scoped_release release;
     k.channel_moments(from, ChannelShape{outer, channels, inner}, to_mean, to_var);
   });
+  m.def("channel_weighted_moments", [](Array x, size_t outer, size_t channels, size_t inner, Array weights, bool each,
+                                       py::array count, py::array mean, py::array var) {
+    const Kernels& k = kernels_of(x);
+    const void *from = x.data(), *weigh = weights.data();
+    double *to_count = reals_out(count), *to_mean = reals_out(mean), *to_var = reals_out(var);
+    const py::gil_scoped_release release;
+    k.channel_weighted_moments(from, ChannelShape{outer, channels, inner}, weigh, each, to_count, to_mean, to_var);
+  });
   m.def("channel_apply", [](Array x, size_t outer, size_t channels, size_t inner, Array mean, Array var, double eps,
                             Optional gamma, Optional beta, py::array y) {
     const Kernels& k = kernels_of(x);

@@ -5,6 +5,7 @@
 #include "fastnorm/dropout.hpp"
 #include "fastnorm/group.hpp"
 #include "fastnorm/row.hpp"
+#include "fastnorm/weighted.hpp"
 
 namespace fastnorm::FASTNORM_LEVEL {
 
@@ -22,6 +23,9 @@ T* to(void* p) { return static_cast<T*>(p); }
 extern const Kernels FASTNORM_DTYPE;
 const Kernels FASTNORM_DTYPE = {
     [](const void* x, ChannelShape s, double* mean, double* var) { Channel<T>::moments(in(x), s, mean, var); },
+    [](const void* x, ChannelShape s, const void* weights, bool each, double* count, double* mean, double* var) {
+      Weighted<T>::moments(in(x), s, weights, each, count, mean, var);
+    },
     [](const void* x, ChannelShape s, const double* mean, const double* var, double eps, const void* gamma,
        const void* beta, void* y) { Channel<T>::apply(in(x), s, mean, var, eps, gamma, beta, to(y)); },
     [](const void* x, ChannelShape s, const void* gamma, const void* beta, double eps, void* y, double* mean,

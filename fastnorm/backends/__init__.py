@@ -53,6 +53,17 @@ class KernelTable(Protocol):
     def channel_moments(self, x: Array, outer: int, channels: int, inner: int, mean: Array, var: Array) -> None:
         """mean = sum(x)/n; var = sum((x - mean)^2)/n."""
 
+    def channel_weighted_moments(
+        self, x: Array, outer: int, channels: int, inner: int, weights: Array, each: bool,
+        count: Array, mean: Array, var: Array,
+    ) -> None:  # fmt: skip
+        """count = sum(w); mean = sum(w*x)/count; var = sum(w*(x - mean)^2)/count; where count is 0, all three are 0.
+
+        weights: 1-D contiguous, in the accumulation dtype; with `each` one an element, in the order of x's memory, else
+        one a position, outer*inner of them, which all channels share. Where w is 0, x is left out whatever it is. Of a
+        channel with a w that is negative, NaN or Inf the count is not finite, and mean and var are anything.
+        """
+
     def channel_apply(
         self, x: Array, outer: int, channels: int, inner: int,
         mean: Array, var: Array, eps: float, gamma: Array | None, beta: Array | None, y: Array,

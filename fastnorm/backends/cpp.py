@@ -14,6 +14,7 @@ except ModuleNotFoundError:
     raise ImportError(_reason) from None
 
 channel_moments = _core.channel_moments
+channel_weighted_moments = _core.channel_weighted_moments
 channel_apply = _core.channel_apply
 channel_forward = _core.channel_forward
 channel_backward_reduce = _core.channel_backward_reduce

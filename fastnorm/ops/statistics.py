@@ -26,6 +26,7 @@ from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array, Axes
 from fastnorm._memory import empty_like
+from fastnorm.backends import KernelTable
 from fastnorm.ops import _arguments
 
 
@@ -109,7 +110,7 @@ def moments(
     x : array, as in `batchnorm_forward`
     axis : the axes to reduce, as in numpy.mean; None reduces all.
     weights : an array of finite numbers of at least 0 that broadcasts to x, or None. A value of weight 0 is left out,
-        also where it is NaN. Computed in NumPy, in float64, whatever the backend.
+        also where it is NaN. Arrays and backends in host memory alone.
     keepdims : keep the reduced axes with length one, so that the result broadcasts against x.
     backend : as in `batchnorm_forward`.
 
@@ -119,7 +120,8 @@ def moments(
     weights a float64 array of their sums. Where it is 0, mean and var are 0 and merging ignores them.
     """
     if weights is not None:
-        return _weighted(_layout.host_array("x", x), axis, _layout.host_array("weights", weights), keepdims)
+        x, weights = _layout.host_array("x", x), _layout.host_array("weights", weights)
+        return _weighted(x, axis, weights, keepdims, kernels(backend))
     x = _layout.as_array("x", x)
     table = kernels_for(x, kernels(backend), backend)
     dtype = _layout.storage_dtype("x", x)
@@ -138,50 +140,49 @@ def moments(
     return Moments(count, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
 
 
-def _weighted(x: Array, axis: Any, weights: Array, keepdims: bool) -> Moments:
-    """Moments with weights, in blocks that fit a cache, merged in an order that the shape alone decides."""
-    for name, array in (("x", x), ("weights", weights)):
-        _layout.storage_dtype(name, array)
-    reduced = _reduced_axes(axis, x.ndim)
+SAFE = (2.0**-20, 2.0**60)
+"""Sums of weights between these leave what is multiplied by weights in float32 its digits."""
+
+
+def _weighted(x: Array, axis: Any, weights: Array, keepdims: bool, table: KernelTable) -> Moments:
+    """Moments with weights that are looked at only where a count shows that something is wrong with them."""
+    dtype = _layout.storage_dtype("x", x)
+    _layout.storage_dtype("weights", weights)
+    kept, lengths, among, _ = _reduction(axis, x.shape)
     _broadcast_axes("weights", weights.shape, x.shape)
-    if weights.size and not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError("weights: expected finite numbers of at least 0, got negative ones, NaN or Inf")
-    among = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape))
-    whole = Moments(*(np.zeros(among) for _ in range(3)))
-    spread_weights = np.broadcast_to(weights, x.shape)
-    for _, index in _layout.pieces(x.shape):
-        block = _slices(index, x.ndim)
-        part = tuple(slice(None) if axis in reduced else each for axis, each in enumerate(block))
-        merged = Moments(*(values[part] for values in whole)).merge(
-            _weighted_block(x[block].astype(np.float64), spread_weights[block].astype(np.float64), reduced)
-        )
-        for values, new in zip(whole, merged, strict=True):
-            values[part] = new
-    if keepdims:
-        return whole
-    return Moments(*(values.reshape([n for axis, n in enumerate(among) if axis not in reduced]) for values in whole))
+    found = _weighted_in(dtype, x, kept, lengths, weights, table) if x.size else None
+    if found is None or not _is_safe(found.count, dtype, weights.dtype):
+        if not (np.isfinite(weights).all() and (weights >= 0).all()):
+            raise ValueError("weights: expected finite numbers of at least 0, got negative ones, NaN or Inf")
+        if found is None:
+            found = Moments(*(np.zeros(math.prod(lengths)) for _ in range(3)))
+        else:
+            found = _weighted_in(_layout.FLOAT64, x, kept, lengths, weights, table)
+    shape = among if keepdims else lengths
+    return Moments(*(values.reshape(shape) for values in found))
 
 
-def _slices(index: tuple[Any, ...], ndim: int) -> tuple[slice, ...]:
-    """An index of numbers, slices and at the end an ellipsis as one slice an axis."""
-    slices = [slice(each, each + 1) if isinstance(each, int) else each for each in index[:-1]]
-    return (*slices, *(slice(None),) * (ndim - len(slices)))
+@np.errstate(over="ignore")  # of float64 weights in float32
+def _weighted_in(
+    dtype: np.dtype[Any], x: Array, kept: Axes, lengths: tuple[int, ...], weights: Array, table: KernelTable
+) -> Moments:
+    """Count, mean and var, each flat in index order, of an x that is not empty, stored in this dtype."""
+    view, (source,) = _layout.readable((x,), dtype, _layout.channel_view, kept)
+    laid, each = _layout.weights(weights, x.shape, view, kept, _layout.accumulation_dtype(dtype))
+    outer, channels, inner = view.sizes
+    count, mean, var = (np.empty(channels) for _ in range(3))
+    table.channel_weighted_moments(source, outer, channels, inner, laid, each, count, mean, var)
+    return Moments(*(_layout.to_index(values, view.stats, lengths) for values in (count, mean, var)))
 
 
-@np.errstate(invalid="ignore", over="ignore")
-def _weighted_block(x: Array, weights: Array, reduced: Axes) -> Moments:
-    """Two exact passes over one block of float64; reduced axes kept."""
-    x[weights == 0] = 0.0
-    count = weights.sum(axis=reduced, keepdims=True)
-
-    def mean_of(values: Array) -> Array:
-        total = (weights * values).sum(axis=reduced, keepdims=True)
-        mean: Array = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
-        return mean
-
-    mean = mean_of(x)
-    mean += mean_of(x - mean)  # the rounding of the first, which shows where the mean is far from 0
-    return Moments(count, mean, mean_of((x - mean) ** 2))
+def _is_safe(count: Array, dtype: np.dtype[Any], weights: np.dtype[Any]) -> bool:
+    """Whether these sums of weights, computed for values of this dtype, need no second look."""
+    if dtype == _layout.FLOAT64:
+        return bool(np.isfinite(count).all())
+    safe = (count >= SAFE[0]) & (count <= SAFE[1])
+    if weights != _layout.FLOAT64:  # of which a small one may have become 0
+        safe |= count == 0
+    return bool(safe.all())
 
 
 STREAMED = 1 << 22

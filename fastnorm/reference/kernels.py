@@ -70,6 +70,36 @@ def channel_moments(x: Array, outer: int, channels: int, inner: int, mean: Array
     var /= count
 
 
+def channel_weighted_moments(
+    x: Array, outer: int, channels: int, inner: int, weights: Array, each: bool,
+    count: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    x, weights = flat(x).reshape(outer, channels, inner), weights.reshape(outer, -1, inner)
+    count[:], mean[:], var[:] = 0.0, 0.0, 0.0  # var holds the sum of centred squares until the end
+    with np.errstate(invalid="ignore", over="ignore"):
+        for o, c, i in _blocks(outer, channels, inner):
+            weight = np.broadcast_to(weights[o, c if each else slice(None), i], x[o, c, i].shape).astype(np.float64)
+            weight[~(weight >= 0)] = np.nan
+            block, n = x[o, c, i].astype(np.float64), weight.sum(axis=(0, 2))
+            block[weight == 0] = 0.0
+            block_mean = np.zeros((1, n.size, 1))
+            for _ in range(2):  # again around the first mean, whose rounding shows where it is far from 0
+                block_mean += _share((weight * (block - block_mean)).sum(axis=(0, 2)), n)[None, :, None]
+            squares = (weight * (block - block_mean) ** 2).sum(axis=(0, 2))
+            delta = block_mean.reshape(-1) - mean[c]  # Chan's merge
+            share = _share(n, count[c] + n)
+            between = count[c] * share
+            var[c] += squares + np.where(between > 0, delta * delta * between, 0.0)
+            mean[c] += delta * share
+            count[c] += n
+        var[:] = _share(var, count)
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """part/whole, and 0 where whole is 0."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
+
+
 def channel_apply(
     x: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, eps: float, gamma: Array | None, beta: Array | None, y: Array,

@@ -63,7 +63,7 @@ struct Columns {
 
   // Adds rows [0, rows) to `count` sums by column, `together` rows at a time: as many streams for the prefetcher, and
   // the sums are read and written once for all of them; `wide` vectors of each row after one another.
-  // add(at, c, how, sums): the vector at offset `at`, column c.
+  // add(row, at, c, how, sums): the vector at offset `at`, of this row and column c.
   template <size_t together, size_t wide, size_t count, class F>
   FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, A* const (&sums)[count], const F& add) {
     size_t r = 0;
@@ -82,7 +82,7 @@ struct Columns {
       repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t j = i / width, v = i % width;
         const size_t column = c + v * kLanes<A>;
-        add((r + j) * stride + column, column, how, j % 2 == 0 ? even[v] : odd[v]);
+        add(r + j, (r + j) * stride + column, column, how, j % 2 == 0 ? even[v] : odd[v]);
       });
       repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t v = i / count, k = i % count;
@@ -99,8 +99,8 @@ struct Columns {
     for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], spread_length(n), A{});
     sum_rows<together, wide>(folded, row_length() * cut.fold, spread_length(n), sums, add);
     sum_rows<together, wide>(u.rows % cut.fold, row_length(), n * shape.inner, sums,
-                             [&](size_t at, size_t c, auto how, auto& sum)
-                                 FASTNORM_INLINE_LAMBDA { add(done + at, c, how, sum); });
+                             [&](size_t row, size_t at, size_t c, auto how, auto& sum)
+                                 FASTNORM_INLINE_LAMBDA { add(row, done + at, c, how, sum); });
     for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
   }
 
@@ -114,7 +114,7 @@ struct Columns {
     for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivots + c, how.load(block + c), how); });
     std::fill_n(sums, n, A{});
     sum_rows<kPivotRows, 1>(some, row_length(), n, {sums},
-                            [&](size_t at, size_t c, auto how, auto& sum)
+                            [&](size_t, size_t at, size_t c, auto how, auto& sum)
                                 FASTNORM_INLINE_LAMBDA { sum[0] += how.load(block + at) - how.load(pivots + c); });
     const A share = A{1} / static_cast<A>(some);
     for (size_t c = 0; c < n; ++c) pivots[c] += sums[c] * share;
@@ -155,11 +155,12 @@ struct Columns {
 
   // Sums of d and d^2 over a block, d = x - pivot; `pivots` are spread.
   FASTNORM_INLINE void sum_around(const T* block, const Unit& u, size_t n, const A* pivots, A* sums, A* squares) const {
-    sum_block<8, 1>(u, n, {sums, squares}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> d = how.load(block + at) - how.load(pivots + c);
-      sum[0] += d;
-      sum[1] = mul_add(d, d, sum[1]);
-    });
+    sum_block<8, 1>(u, n, {sums, squares},
+                    [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+                      const Vector<A> d = how.load(block + at) - how.load(pivots + c);
+                      sum[0] += d;
+                      sum[1] = mul_add(d, d, sum[1]);
+                    });
   }
 
   // As `block_moments`, for all channels of a slab at once.
@@ -208,11 +209,12 @@ struct Columns {
         const size_t n = std::min(block_channels(), c1 - w);
         const A* centre = centres + (w - c0) * shape.inner;
         const size_t block = u.row * row_length() + w * shape.inner;
-        sum_block<4, 2>(u, n, {grads, products}, [&](size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-          const Vector<A> grad = how.load(dy + block + at);
-          sum[0] += grad;
-          sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
-        });
+        sum_block<4, 2>(u, n, {grads, products},
+                        [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+                          const Vector<A> grad = how.load(dy + block + at);
+                          sum[0] += grad;
+                          sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
+                        });
         for (size_t c = 0; c < n; ++c) {
           sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
           sum_dyx[w - c0 + c] += static_cast<double>(products[c]);

@@ -36,6 +36,9 @@ struct RowShape {
 // x, dy, y, dx are of the table's storage dtype; gamma and beta of its accumulation dtype or null.
 struct Kernels {
   void (*channel_moments)(const void* x, ChannelShape, double* mean, double* var);
+  // one weight an element (`each`), of the accumulation dtype, or one a position (outer, inner)
+  void (*channel_weighted_moments)(const void* x, ChannelShape, const void* weights, bool each, double* count,
+                                   double* mean, double* var);
   void (*channel_apply)(const void* x, ChannelShape, const double* mean, const double* var, double eps,
                         const void* gamma, const void* beta, void* y);
   void (*channel_forward)(const void* x, ChannelShape, const void* gamma, const void* beta, double eps, void* y,

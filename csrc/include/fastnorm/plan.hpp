@@ -63,6 +63,8 @@ struct Cut {
 };
 
 Cut cut_channels(ChannelShape shape);
+// The same for moments with weights: short runs stay runs, since weights of positions repeat with them.
+Cut cut_weighted(ChannelShape shape);
 
 struct ChannelPlan {
   std::size_t slab;    // channels whose second pass should find their data in cache

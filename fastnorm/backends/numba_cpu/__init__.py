@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastnorm.backends import Array, flat
-from fastnorm.backends.numba_cpu import _columns, _dropout, _plan, _rows, _runs
+from fastnorm.backends.numba_cpu import _columns, _dropout, _plan, _rows, _runs, _weighted
 from fastnorm.backends.numba_cpu._launch import set_num_threads, threads
 from fastnorm.backends.numba_cpu._output import READ_AHEAD
 from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE
@@ -28,6 +28,7 @@ __all__ = [
     "channel_backward_reduce",
     "channel_forward",
     "channel_moments",
+    "channel_weighted_moments",
     "dropout",
     "group_backward",
     "group_forward",
@@ -171,6 +172,17 @@ def channel_moments(x: Array, outer: int, channels: int, inner: int, mean: Array
         _columns_forward(SUMS | FINISH, x, sizes, mean, var, 0.0, None, None, x)
     else:
         _runs_forward(SUMS | FINISH, x, sizes, mean, var, 0.0, x)
+
+
+def channel_weighted_moments(
+    x: Array, outer: int, channels: int, inner: int, weights: Array, each: bool,
+    count: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    x, sizes = _storage(x), (outer, channels, inner)
+    cut = group, _, parts, _ = _weighted.cut(*sizes)
+    groups, by_part = -(-channels // group), np.zeros((3, parts * channels))
+    for steps, tasks in ((SUMS, parts * groups), (FINISH, groups)):
+        _weighted.moments(x.size, tasks, x, _plain(weights), each, *sizes, cut, steps, *by_part, count, mean, var)
 
 
 def channel_apply(

@@ -82,7 +82,7 @@ def tiling(outer: int, inner: int) -> Tiles:
 
 
 @compiled
-def _block(block, outer, channels, inner, tiles):
+def block_of(block, outer, channels, inner, tiles):
     """(first element, runs, elements of a run) of a block of the first channel."""
     runs, length, pieces, _, _ = tiles
     run, i = block // pieces * runs, block % pieces * length
@@ -165,7 +165,7 @@ def _moments(x, outer, channels, inner, tiles, part_mean, part_squares, share, c
     for block in range(first_block, last_block):
         if block % PART_BLOCKS == 0:
             seen = 0
-        at, runs, length = _block(block, outer, channels, inner, tiles)
+        at, runs, length = block_of(block, outer, channels, inner, tiles)
         count = runs * length
         part_share = count / (seen + count)
         for channel in range(begin, end):
@@ -297,7 +297,7 @@ def _block_sums(dy, x, start, stride, runs, length, mean):
 def _sums(dy, x, outer, channels, inner, tiles, mean, span, part_dy, part_dy_centred, share):
     """Sums of some blocks of some channels, added to those of their parts."""
     for block in range(share[2], share[3]):
-        at, runs, length = _block(block, outer, channels, inner, tiles)
+        at, runs, length = block_of(block, outer, channels, inner, tiles)
         for channel in range(share[0], share[1]):
             start = at + channel * inner
             middle = element(mean, channel // span)

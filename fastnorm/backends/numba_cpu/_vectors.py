@@ -15,6 +15,7 @@ bfloat16 as int16. Halves and float32 are computed with in float32, float64 in f
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -346,6 +347,29 @@ def choose(typing: Any, first: Any, last: Any, inside: Any, outside: Any) -> Any
         return builder.select(_between(builder, *arguments[:2], inside.lanes), *arguments[2:])
 
     return inside(types.intp, types.intp, inside, outside), generate
+
+
+@intrinsic
+def checked_weights(typing: Any, weights: Any) -> Any:
+    """The weights, NaN in place of a negative one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers = arguments[0]
+        nan = ir.Constant(numbers.type, [math.nan] * numbers.type.count)
+        return builder.select(builder.fcmp_ordered(">=", numbers, ir.Constant(numbers.type, None)), numbers, nan)
+
+    return weights(weights), generate
+
+
+@intrinsic
+def weighted(typing: Any, weights: Any, values: Any) -> Any:
+    """The values, 0 where the weight is 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zero = ir.Constant(arguments[1].type, None)
+        return builder.select(builder.fcmp_unordered("!=", arguments[0], zero), arguments[1], zero)
+
+    return values(weights, values), generate
 
 
 @intrinsic

@@ -162,6 +162,13 @@ def channel_moments(x: Array, outer: int, channels: int, inner: int, mean: Array
     _forward(SUMS, x, (outer, channels, inner), mean, var, 0.0, None, None, x)
 
 
+def channel_weighted_moments(
+    x: Array, outer: int, channels: int, inner: int, weights: Array, each: bool,
+    count: Array, mean: Array, var: Array,
+) -> None:  # fmt: skip
+    raise ValueError("backend: 'cuda' has no moments with weights, expected a backend in host memory")
+
+
 def channel_apply(
     x: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, eps: float, gamma: Array | None, beta: Array | None, y: Array,
