@@ -5,9 +5,9 @@ python bench/against_pytorch.py [--op NAME,...] [--dtype NAME,...] [--only REGEX
 The public functions with the C++ backend on as many threads as PyTorch, both into new arrays, in bursts of one after
 the other so that data stay in the cache. The peers are those of `python -m fastnorm bench` (fastnorm/bench/peers.py):
 GroupNorm's backward is the operator that autograd calls, without the graph; `moments` meets `torch.var_mean`, with
-weights (`weighted`) two passes by hand, and `normalize` BatchNorm in test mode. A line has microseconds of ours and of theirs and the ratio, by minima and by
-medians; those below 1 by minima stand together at the end, and make the exit status 1. What other programs disturbed
-is timed again, and says so where that did not help.
+weights (`weighted`) two passes by hand, and `normalize` BatchNorm in test mode. A line has microseconds of ours and of
+theirs and the ratio, by minima and by medians; those below 1 by minima stand together at the end, and make the exit
+status 1. What other programs disturbed is timed again, and says so where that did not help.
 """
 
 from __future__ import annotations
