@@ -113,10 +113,12 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   const std::size_t in_l2 = caches().l2 / 2 / channel_bytes;
   const std::size_t narrowest = cut.side_by_side ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
   if (cut.fold == 1 && in_l2 >= narrowest) {
-    plan.slab = std::min(in_l2, ceil_div(shape.channels, workers));
+    // As many for each thread: 512 channels of 28x28 in slabs of 167 are three and a rest, 29 us; four alike take 23.
+    const std::size_t slabs = ceil_div(ceil_div(shape.channels, in_l2), workers) * workers;
+    plan.slab = ceil_div(shape.channels, slabs);
     // Slabs of whole lines, if a slab holds one.
     const std::size_t line = kLine / itemsize, whole = line / std::gcd(line, shape.inner);
-    if (cut.side_by_side && plan.slab > whole) plan.slab -= plan.slab % whole;
+    if (cut.side_by_side && plan.slab > whole) plan.slab = ceil_div(plan.slab, whole) * whole;
     return plan;
   }
   // One channel a thread in its share of L3.

@@ -28,6 +28,16 @@ def test_short_runs_are_walked_across_channels():
     assert not fastnorm.plan("batchnorm", (2, 2048, 7, 7), threads=2).side_by_side, "too few rows to pay for it"
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("shape", [(1, 512, 28, 28), (2, 320, 32, 32), (16, 512, 7, 7), (400, 1000)])
+def test_threads_get_as_many_channels_each(shape, direction):
+    for threads in (2, 3, 4):
+        plan = fastnorm.plan("batchnorm", shape, direction=direction, threads=threads)
+        slabs = -(-shape[1] // plan.slab)
+        most = -(-slabs // threads) * plan.slab
+        assert plan.shared or most <= 1.15 * shape[1] / threads, "some is for whole lines"
+
+
 def test_a_tall_matrix_beyond_every_cache_is_read_twice():
     rows = 4 * L3 // (1024 * 4)
     for direction, least in (("forward", 1), ("backward", 2)):
