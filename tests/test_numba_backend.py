@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 numba_cpu = importlib.import_module("fastnorm.backends.numba_cpu")
 formulas = importlib.import_module("fastnorm.backends.numba_formulas")
+compiler = importlib.import_module("fastnorm.backends.numba_cpu._compiler")
 launch = importlib.import_module("fastnorm.backends.numba_cpu._launch")
 plan = importlib.import_module("fastnorm.backends.numba_cpu._plan")
 runs = importlib.import_module("fastnorm.backends.numba_cpu._runs")
@@ -267,7 +269,7 @@ assert digest() == expected
 """
 
 
-def run(code: str, **environment: str) -> None:
+def run(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WORK + code],
         env={**os.environ, "NUMBA_NUM_THREADS": "8", **environment},
@@ -277,6 +279,7 @@ def run(code: str, **environment: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
@@ -312,9 +315,27 @@ def test_nothing_is_compiled_at_import() -> None:
 
 def test_stale_machine_code_is_noticed() -> None:
     """The stamp of the disk cache covers every source a kernel is made of, not only its own file."""
-    stamp = launch._sources_stamp()
+    stamp = compiler._sources_stamp()
     assert len(stamp) >= 6
     assert runs.forward._run._cache._cache_file._source_stamp == stamp
+
+
+CACHED = """
+import sys
+import numpy as np
+import fastnorm
+x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+y, cache = fastnorm.layernorm_forward(x, None, None, {}, backend="numba")
+dx, _, _ = fastnorm.layernorm_backward(y, cache, backend="numba")
+print("compiled" if "numba.np.linalg" in sys.modules else "loaded", hash(y.tobytes() + dx.tobytes()))
+"""
+
+
+def test_machine_code_is_loaded_without_what_compiling_needs(tmp_path: Path) -> None:
+    """The second process has it from the disk cache: the same bits, and none of Numba's own start."""
+    first, second = (run(CACHED, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="0").split() for _ in range(2))
+    assert (first[0], second[0]) == ("compiled", "loaded")
+    assert first[1] == second[1]
 
 
 def test_nan_stays_in_its_channel() -> None:

@@ -22,7 +22,8 @@ row; they are worked on unfolded.
 
 from __future__ import annotations
 
-from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._output import READ_AHEAD, writer_of_columns
 from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE, gradient_lines, normalizing_lines
 from fastnorm.backends.numba_cpu._scalars import (

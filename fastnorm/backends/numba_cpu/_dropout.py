@@ -20,7 +20,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._scalars import least
 from fastnorm.backends.numba_cpu._tasks import hand_out
 from fastnorm.backends.numba_cpu._vectors import (

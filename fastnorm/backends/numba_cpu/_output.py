@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastnorm.backends.numba_cpu._launch import compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._scalars import least
 from fastnorm.backends.numba_cpu._vectors import begun, choose, lanes, spread, store, store_part
 

@@ -15,7 +15,8 @@ through the first.
 
 from __future__ import annotations
 
-from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._output import line_start, writer_of_runs
 from fastnorm.backends.numba_cpu._runs import FINISH, SUMS, WRITE
 from fastnorm.backends.numba_cpu._runs import PIECE as WRITTEN

@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 
-from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._output import line_start, writer_of_runs
 from fastnorm.backends.numba_cpu._scalars import (
     affine_line,

@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastnorm.backends import numba_formulas as formulas
-from fastnorm.backends.numba_cpu._launch import compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._vectors import accumulation
 
 rstd = compiled(formulas.rstd)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from fastnorm.backends.numba_cpu import _runs
 from fastnorm.backends.numba_cpu._columns import CHUNK, PART, TOGETHER, WIDTH
-from fastnorm.backends.numba_cpu._launch import Kernel, compiled
+from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._runs import FINISH, PART_BLOCKS, SUMS, block_of
 from fastnorm.backends.numba_cpu._scalars import centred_squares, least, rounded
 from fastnorm.backends.numba_cpu._tasks import hand_out
