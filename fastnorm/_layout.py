@@ -247,9 +247,10 @@ def weights(given: Array, shape: tuple[int, ...], view: View, kept: Axes, dtype:
     """
     padded = given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
     each = any(padded.shape[axis] != 1 for axis in kept)
-    lengths = [1 if axis in kept and not each else n for axis, n in enumerate(shape)]
+    lengths = tuple(1 if axis in kept and not each else n for axis, n in enumerate(shape))
+    spread = padded if padded.shape == lengths else np.broadcast_to(padded, lengths)  # which takes 2 us
     order = (*view.memory, *(axis for axis in range(len(shape)) if axis not in view.memory))
-    return _arrays.flat(np.broadcast_to(padded, lengths).transpose(order), dtype), each
+    return _arrays.flat(spread.transpose(order), dtype), each
 
 
 # ---- buffers --------------------------------------------------------------------------------------
@@ -501,15 +502,27 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
 # of a native floating dtype that kernels store, not empty; gamma and beta None or of the accumulation dtype and shape
 # (x.shape[axis],); for a backward also dout as x, of its dtype and shape; the caller's out likewise, writable, and
 # sharing no byte with the inputs. Nothing then needs converting or packing. `plain_channels` also takes channels that
-# lie last in memory, and gives the sizes of the channel view. Everything else, errors included, is worked out by the
-# functions above, as is everything where the extension is missing.
+# lie last in memory, and gives the sizes of the channel view. `plain_reduction` takes any dense x and the axes of
+# `moments`, where what is kept lies side by side and in the order of the axes, and gives the sizes and the shape of the
+# statistics; `plain_normalization` takes float64 statistics of one axis. Everything else, errors included, is worked
+# out by the functions above, as is everything where the extension is missing.
 plain: Callable[[Any, Any, Any, int], bool]
 plain_backward: Callable[[Any, Any, Any, Any, int], bool]
 plain_channels: Callable[[Any, Any, Any, int], tuple[int, int, int] | None]
 plain_channels_backward: Callable[[Any, Any, Any, Any, int], tuple[int, int, int] | None]
+plain_reduction: Callable[[Any, Any, bool], tuple[int, int, int, tuple[int, ...]] | None]
+plain_normalization: Callable[[Any, Any, Any, Any, Any], tuple[int, int, int] | None]
 plain_out: Callable[..., bool]
 try:
-    from fastnorm._core import plain, plain_backward, plain_channels, plain_channels_backward, plain_out
+    from fastnorm._core import (
+        plain,
+        plain_backward,
+        plain_channels,
+        plain_channels_backward,
+        plain_normalization,
+        plain_out,
+        plain_reduction,
+    )
 except ImportError:
 
     def plain(x: Any, gamma: Any, beta: Any, axis: int, /) -> bool:
@@ -522,6 +535,12 @@ except ImportError:
         return None
 
     def plain_channels_backward(dout: Any, x: Any, gamma: Any, beta: Any, axis: int, /) -> tuple[int, int, int] | None:
+        return None
+
+    def plain_reduction(x: Any, axis: Any, keepdims: bool, /) -> tuple[int, int, int, tuple[int, ...]] | None:
+        return None
+
+    def plain_normalization(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, /) -> tuple[int, int, int] | None:
         return None
 
     def plain_out(out: Any, x: Any, /, *others: Any) -> bool:

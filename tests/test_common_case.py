@@ -149,6 +149,95 @@ def test_channels_may_lie_last_in_memory():
     assert _layout.plain_channels(x[:, :4], gamma[:4], beta[:4], 1) is None
 
 
+ORDERS = {2: [(0, 1), (1, 0)], 4: [(0, 1, 2, 3), NHWC, (3, 2, 1, 0), (1, 0, 3, 2)]}
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize(
+    "axis", [None, 0, 1, -1, (0,), (0, 1), (0, 2, 3), (1, 2), (3, -4), (1, 3), (0, 2), ()], ids=str
+)
+@pytest.mark.parametrize("shape", [(4, 8), (33, 70), (3, 5, 7, 9), (3, 1, 1, 9), (1, 1, 1, 1)], ids=str)
+def test_both_ways_of_moments_give_equal_bits(shape, axis, keepdims, monkeypatch):
+    """And take the same: what `channel_view` finds, where statistics need not be sorted afterwards."""
+    ndim = len(shape)
+    axes = tuple(range(ndim)) if axis is None else tuple(np.atleast_1d(axis).astype(int))
+    if any(not -ndim <= each < ndim for each in axes):
+        assert _layout.plain_reduction(np.ones(shape), axis, keepdims) is None
+        return
+    kept = tuple(each for each in range(ndim) if each not in {each % ndim for each in axes})
+    for memory in ORDERS[ndim]:
+        x = arrays(shape, "float32", 1, memory)[0]
+        view, found = _layout.channel_view(x.shape, x.strides, 4, kept), _layout.plain_reduction(x, axis, keepdims)
+        if view is None or view.stats is not None:
+            assert found is None
+        else:
+            assert found == (*view.sizes, x.sum(axis=axis, keepdims=keepdims).shape)
+        short = fastnorm.moments(x, axis, keepdims=keepdims)
+        with monkeypatch.context() as patch:
+            patch.setattr(_layout, "plain_reduction", lambda *arguments: None)
+            long = fastnorm.moments(x, axis, keepdims=keepdims)
+        assert short.count == long.count
+        for one, other in zip(short[1:], long[1:], strict=True):
+            assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("x", "axis"),
+    [
+        (np.ones((4, 8))[::2], 0), (np.ones((4, 8))[::-1], 0), (np.ones((4, 8)).view(Named), 0), ([[1.0]], 0),
+        (np.ones((4, 8), np.int64), 0), (np.ones((4, 8), ">f4"), 0), (np.ones((0, 8)), 0), (np.ones((4, 8)), True),
+        (np.ones((4, 8)), 0.0), (np.ones((4, 8)), "0"), (np.ones((4, 8)), [0]), (np.ones((4, 8)), (0, 0)),
+        (np.ones((4, 8)), (0, -2)), (np.ones((4, 8)), 2), (np.ones((4, 8)), -3), (np.ones((4, 8)), 2**70),
+        (np.ones((4, 8)), np.int64(0)), (np.ones((4, 8)), (0, None)), (np.broadcast_to(np.ones(8), (4, 8)), 0),
+    ],
+)  # fmt: skip
+def test_other_moments_go_the_long_way(x, axis):
+    assert _layout.plain_reduction(np.ones((4, 8)), 0, False) == (4, 8, 1, (8,))
+    assert _layout.plain_reduction(x, axis, False) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "of_mean", "memory", "sizes"),
+    [
+        ((4, 8), (8,), None, (4, 8, 1)), ((4, 8), (1, 8), None, (4, 8, 1)), ((4, 8), (4, 1), None, (1, 4, 8)),
+        ((3, 5, 7, 9), (5, 1, 1), None, (3, 5, 63)), ((3, 5, 7, 9), (1, 5, 1, 1), NHWC, (189, 5, 1)),
+        ((3, 5, 7, 9), (9,), None, (105, 9, 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_both_ways_of_normalize_give_equal_bits(shape, of_mean, memory, sizes, dtype, monkeypatch, backend):
+    axis = next(axis for axis in range(-len(of_mean), 0) if of_mean[axis] != 1)
+    x, _, gamma, beta = arrays(shape, dtype, axis, memory)
+    mean, var = np.linspace(-1, 1, gamma.size).reshape(of_mean), np.linspace(0.1, 1, gamma.size).reshape(of_mean)
+    for parameters in ((gamma, beta), (gamma.reshape(of_mean), None), (None, beta.reshape(of_mean))):
+        assert _layout.plain_normalization(x, mean, var, *parameters) == sizes
+        short = fastnorm.normalize(x, mean, var, *parameters, backend=backend)
+        out = np.empty_like(x)
+        assert fastnorm.normalize(x, mean, var, *parameters, out=out, backend=backend) is out
+        with monkeypatch.context() as patch:
+            patch.setattr(_layout, "plain_normalization", lambda *arguments: None)
+            long = fastnorm.normalize(x, mean, var, *parameters, backend=backend)
+        assert (short.dtype, short.shape, short.strides) == (long.dtype, long.shape, long.strides)
+        assert short.tobytes() == long.tobytes() == out.tobytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": np.ones((4, 8))[:, ::-1]}, {"x": np.ones((0, 8))}, {"x": np.ones((4, 8), int)}, {"x": np.ones(8)},
+        {"mean": np.ones(8, np.float32)}, {"mean": np.ones(7)}, {"mean": np.ones((4, 8))}, {"mean": np.ones(1)},
+        {"mean": np.ones((1, 1, 8))}, {"mean": np.ones(16)[::2]}, {"mean": None}, {"var": np.ones((1, 8))},
+        {"var": 1.0}, {"gamma": np.ones(8, np.float32)}, {"gamma": np.ones(1)}, {"beta": np.ones((8, 1))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_normalizations_go_the_long_way(change):
+    arguments = {"x": np.ones((4, 8)), "mean": np.ones(8), "var": np.ones(8), "gamma": None, "beta": None}
+    assert _layout.plain_normalization(*arguments.values()) == (4, 8, 1)
+    assert _layout.plain_normalization(*(arguments | change).values()) is None
+
+
 @pytest.mark.parametrize("op", ["batchnorm", "layernorm"])
 def test_an_out_takes_the_short_way_too(op, monkeypatch, backend):
     x, _, gamma, beta = arrays((33, 70), "float32", 1)

@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <optional>
 
 namespace py = pybind11;
 
@@ -101,6 +103,92 @@ py::object plain_channels_backward(py::handle dout, py::handle x, py::handle gam
   return plain_channels(x, gamma, beta, axis);
 }
 
+// A bit for each of an array's axes that an argument names: a whole number, a tuple of them, or None, all. No value for
+// what is an error, or is no int but may act as one.
+std::optional<std::uint64_t> axes_in(py::handle argument, py::ssize_t ndim) {
+  if (argument.is_none()) return ndim == 0 ? 0 : ~std::uint64_t{0} >> (64 - ndim);
+  std::uint64_t found = 0;
+  const auto add = [&](py::handle one) {
+    if (!PyLong_CheckExact(one.ptr())) return false;
+    int overflow = 0;
+    const long long given = PyLong_AsLongLongAndOverflow(one.ptr(), &overflow), axis = given < 0 ? given + ndim : given;
+    if (overflow != 0 || axis < 0 || axis >= ndim || (found >> axis & 1) != 0) return false;
+    found |= std::uint64_t{1} << axis;
+    return true;
+  };
+  if (!PyTuple_CheckExact(argument.ptr())) return add(argument) ? std::optional(found) : std::nullopt;
+  for (const py::handle one : py::reinterpret_borrow<py::tuple>(argument))
+    if (!add(one)) return std::nullopt;
+  return found;
+}
+
+// (outer, channels, inner, shape of a statistic) of a dense x that is reduced along some axes, if what is kept lies
+// side by side in memory and in the order of the axes. Else None.
+py::object plain_reduction(py::handle x, py::handle axis, bool keepdims) {
+  if (!is_simple(x, kStorage)) return py::none();
+  const auto array = py::reinterpret_borrow<py::array>(x);
+  const auto ndim = array.ndim();
+  const auto reduced = axes_in(axis, ndim);
+  if (!reduced || array.size() == 0) return py::none();
+
+  // Axes longer than one, innermost in memory first.
+  py::ssize_t order[64], count = 0;
+  for (py::ssize_t i = ndim; i-- > 0;) {
+    if (array.shape(i) == 1) continue;
+    py::ssize_t at = count++;
+    for (; at > 0 && array.strides(order[at - 1]) > array.strides(i); --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
+  enum { inner, channels, outer } part = inner;
+  py::ssize_t sizes[3] = {1, 1, 1}, expected = array.itemsize(), kept = ndim;
+  for (py::ssize_t i = 0; i < count; ++i) {
+    const auto length = array.shape(order[i]);
+    if (array.strides(order[i]) != expected) return py::none();
+    expected *= length;
+    if ((*reduced >> order[i] & 1) != 0) {
+      if (part == channels) part = outer;
+    } else {
+      if (part == outer || order[i] > kept) return py::none();
+      part = channels;
+      kept = order[i];
+    }
+    sizes[part] *= length;
+  }
+
+  py::tuple shape(keepdims ? ndim : ndim - static_cast<py::ssize_t>(__builtin_popcountll(*reduced)));
+  for (py::ssize_t i = 0, at = 0; i < ndim; ++i) {
+    const bool gone = (*reduced >> i & 1) != 0;
+    if (keepdims || !gone) shape[at++] = gone ? 1 : array.shape(i);
+  }
+  return py::make_tuple(sizes[outer], sizes[channels], sizes[inner], shape);
+}
+
+// (outer, channels, inner) of a plain x, as `plain_channels` takes it, that is normalized with mean and var: plain, of
+// float64 and one shape that broadcasts along all axes but one; gamma and beta of that shape or 1-D, or None. Else
+// None.
+py::object plain_normalization(py::handle x, py::handle mean, py::handle var, py::handle gamma, py::handle beta) {
+  if (!is_simple(x, kStorage) || !is_plain(mean, "d") || !is_plain(var, "d")) return py::none();
+  const auto array = py::reinterpret_borrow<py::array>(x), centre = py::reinterpret_borrow<py::array>(mean);
+  const auto like_centre = [&](py::handle other) {
+    const auto values = py::reinterpret_borrow<py::array>(other);
+    return values.ndim() == centre.ndim() && std::equal(values.shape(), values.shape() + values.ndim(), centre.shape());
+  };
+  const auto missing = array.ndim() - centre.ndim();
+  if (missing < 0 || !like_centre(var)) return py::none();
+  py::ssize_t axis = 0;
+  while (axis < centre.ndim() && centre.shape(axis) == 1) ++axis;
+  if (axis == centre.ndim() || centre.shape(axis) != centre.size() || array.shape(missing + axis) != centre.size())
+    return py::none();
+  const char* accumulation = array.dtype().char_() == 'd' ? "d" : "f";
+  for (const py::handle parameter : {gamma, beta}) {
+    if (parameter.is_none()) continue;
+    if (!is_plain(parameter, accumulation)) return py::none();
+    const auto values = py::reinterpret_borrow<py::array>(parameter);
+    if (!like_centre(parameter) && (values.ndim() != 1 || values.size() != centre.size())) return py::none();
+  }
+  return plain_channels(x, py::none(), py::none(), missing + axis);
+}
+
 // Bytes from an array's first element to its end; 0 where some lie before the first.
 py::ssize_t extent(const py::array& array) {
   py::ssize_t bytes = array.itemsize();
@@ -164,6 +252,8 @@ void register_plain(py::module_& m) {
   m.def("plain_backward", &plain_backward);
   m.def("plain_channels", &plain_channels);
   m.def("plain_channels_backward", &plain_channels_backward);
+  m.def("plain_reduction", &plain_reduction);
+  m.def("plain_normalization", &plain_normalization);
   m.def("plain_out", &plain_out);
   m.def("running_average", &running_average);
 }

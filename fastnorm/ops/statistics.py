@@ -122,8 +122,16 @@ def moments(
     if weights is not None:
         x, weights = _layout.host_array("x", x), _layout.host_array("weights", weights)
         return _weighted(x, axis, weights, keepdims, kernels(backend))
+    table = kernels(backend)
+    if (plain := _layout.plain_reduction(x, axis, keepdims)) is not None:
+        outer, channels, inner, shape = plain
+        mean, var = np.empty(channels), np.empty(channels)
+        table.channel_moments(x, outer, channels, inner, mean, var)
+        if len(shape) != 1:
+            mean, var = mean.reshape(shape), var.reshape(shape)
+        return Moments(outer * inner, mean, var)
     x = _layout.as_array("x", x)
-    table = kernels_for(x, kernels(backend), backend)
+    table = kernels_for(x, table, backend)
     dtype = _layout.storage_dtype("x", x)
     kept, lengths, among, count = _reduction(axis, x.shape)
     statistics = math.prod(lengths)
@@ -268,8 +276,18 @@ def normalize(
     out : array to write to, of x's shape and result dtype; may be x itself.
     backend : as in `batchnorm_forward`.
     """
+    table = kernels(backend)
+    sizes = _layout.plain_normalization(x, mean, var, gamma, beta)
+    if sizes is not None and (out is None or _layout.plain_out(out, x, mean, var, gamma, beta)):
+        eps = _arguments.checked_eps(eps)
+        out = empty_like(x) if out is None else out
+        statistics = (each if each is None or each.ndim == 1 else each.ravel() for each in (mean, var, gamma, beta))
+        centre, spread, scale, shift = statistics
+        outer, channels, inner = sizes
+        table.channel_apply(x, outer, channels, inner, centre, spread, eps, scale, shift, out)
+        return out
     x = _layout.as_array("x", x)
-    table = kernels_for(x, kernels(backend), backend)
+    table = kernels_for(x, table, backend)
     dtype = _layout.storage_dtype("x", x)
     mean = _layout.beside("mean", mean, x)
     axes = _broadcast_axes("mean", mean.shape, x.shape)
@@ -281,11 +299,6 @@ def normalize(
     gamma, scale = _layout.parameter("gamma", gamma, x, axes, accumulation)
     beta, shift = _layout.parameter("beta", beta, x, axes, accumulation)
     eps = _arguments.checked_eps(eps)
-    if out is None and len(axes) == 1 and (sizes := _layout.plain_channels(x, None, None, axes[0])) is not None:
-        out = empty_like(x)
-        outer, channels, inner = sizes
-        table.channel_apply(x, outer, channels, inner, centre, spread, eps, scale, shift, out)
-        return out
     if out is not None:
         others = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
         out = _layout.checked_out(out, x, dtype, others, may_be=x)
