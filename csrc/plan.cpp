@@ -202,7 +202,8 @@ RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int 
     if (2 * plan.rows * row_bytes > caches().l3 / 2) plan.passes = 2;
   } else {
     plan.rows = std::min(kSweep, shape.rows);
-    plan.task = std::min(kTaskRows, std::max(kSweep, ceil_div(shape.rows, 32)));
+    const std::size_t enough = shape.rows * shape.cols < kSerial ? kTaskRows : ceil_div(kTaskElements, shape.cols);
+    plan.task = std::min(kTaskRows, ceil_div(std::max(ceil_div(shape.rows, 32), enough), kSweep) * kSweep);
     plan.ahead = kSweep * shape.cols;
   }
   return plan;

@@ -20,6 +20,10 @@ constexpr std::size_t kReadAhead = 256;
 constexpr std::size_t kSweep = 4;
 // whose column sums are accumulated in the accumulation dtype before they go to double;
 constexpr std::size_t kTaskRows = 128;
+// elements that a task has at least, if there are rows enough: adding up a task's column sums costs as much as a row;
+constexpr std::size_t kTaskElements = 1 << 14;
+// columns whose sums are added up over all tasks in a first-level cache;
+constexpr std::size_t kStrip = 512;
 // columns beyond which threads share rows.
 constexpr std::size_t kLongRow = 32768;
 

@@ -293,24 +293,26 @@ struct Row {
         row += done;
       }
     };
-    const auto finish = [&](size_t block, int) {
-      const size_t k1 = std::min(cols, (block + 1) * kChunk);
-      for (size_t k = block * kChunk; k < k1; ++k) dgamma[k] = dbeta[k] = 0.0;
+    const auto finish = [&](size_t strip, int) {
+      const size_t k0 = strip * kStrip, n = std::min(kStrip, cols - k0);
+      double gamma_total[kStrip] = {}, beta_total[kStrip] = {};
       for (size_t task = 0; task < tasks; ++task) {
-        const A *gamma_sum = sums.data() + 2 * task * cols, *beta_sum = gamma_sum + cols;
-        for (size_t k = block * kChunk; k < k1; ++k) {
-          dgamma[k] += static_cast<double>(gamma_sum[k]);
-          dbeta[k] += static_cast<double>(beta_sum[k]);
+        const A *gamma_sum = sums.data() + 2 * task * cols + k0, *beta_sum = gamma_sum + cols;
+        for (size_t k = 0; k < n; ++k) {
+          gamma_total[k] += static_cast<double>(gamma_sum[k]);
+          beta_total[k] += static_cast<double>(beta_sum[k]);
         }
       }
+      std::copy_n(gamma_total, n, dgamma + k0);
+      std::copy_n(beta_total, n, dbeta + k0);
     };
-    const size_t blocks = dgamma == nullptr ? 0 : (cols + kChunk - 1) / kChunk;
+    const size_t strips = dgamma == nullptr ? 0 : (cols + kStrip - 1) / kStrip;
     if (shape.rows * cols < kSerial) {
       SerialLoop{0}(tasks, one);
-      SerialLoop{0}(blocks, finish);
+      SerialLoop{0}(strips, finish);
     } else {
       parallel_for(tasks, one);
-      parallel_for(blocks, finish);
+      parallel_for(strips, finish);
     }
   }
 
