@@ -205,10 +205,9 @@ struct ChannelCall {
     const size_t first = s.c0 / span, count = s.width() / span;
     rstds(s.rstd, var + first, count, eps);
     if (span == 1) return;
-    for (size_t i = count; i-- > 0;) {
-      std::fill_n(s.rstd + i * span, span, s.rstd[i]);
-      std::fill_n(s.mean + i * span, span, mean[first + i]);
-    }
+    std::copy_n(mean + first, count, s.mean);
+    repeat_each(s.rstd, count, span);
+    repeat_each(s.mean, count, span);
   }
 
   // f(at, n): channels [at, at + n) of the slab are channels of one sample, from c0 on.
@@ -256,19 +255,29 @@ struct ChannelCall {
     write_dx<ScaledDescent>(s, loop);
   }
 
-  // As `backward_apply`, from the slab's first row, where channels share statistics and gradients add up over them.
+  // As `backward_apply`, with the statistics of a sample: from the slab's first row, whose sums it takes.
   template <class Loop>
-  void shared_backward_apply(const Slab& s, Loop loop) const {
+  void sample_backward_apply(const Slab& s, Loop loop) const {
     by_sample(s, [&](size_t at, size_t n) {
-      shared_coefficients(s.k.from(at), n, span, s.mean + at, s.rstd + at, from(gamma, s), s.first + at, s.second + at,
-                          divisor);
+      if (span == 1)
+        backward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, s), s.first + at, s.second + at,
+                              divisor);
+      else
+        weigh(s.k.scale + at, s.first + at, s.second + at, n, s.rstd + at, from(gamma, s), divisor);
     });
+    if (span == 1) return write_dx<ScaledDescent>(s, loop);
+    const size_t count = s.width() / span;
+    sum_each(s.first, count, span);
+    sum_each(s.second, count, span);
+    shared_coefficients(s.k, count, span, s.mean, s.rstd, s.first, s.second, divisor);
     write_dx<SharedDescent>(s, loop);
   }
 
+  // `scale` is by channel, the others by statistic.
   template <class Form, class Loop>
   void write_dx(const Slab& s, Loop loop) const {
-    for (A* values : {s.k.centre, s.k.scale, s.k.shift, s.k.slope}) geometry.spread(values, s.width());
+    geometry.spread(s.k.scale, s.width());
+    for (A* values : {s.k.centre, s.k.shift, s.k.slope}) geometry.spread(values, s.width() / span, span);
     loop(groups(), [&](size_t i, int) {
       geometry.template backward_apply<Form>(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
     });

@@ -43,7 +43,37 @@ inline void rstds(double* __restrict to, const double* __restrict var, size_t n,
   for (size_t i = 0; i < n; ++i) to[i] = rstd_of(var[i], eps);
 }
 
-inline void add(double* __restrict to, const double* __restrict more, size_t n) {
+// Each of n values `times` times, in place.
+template <class A>
+inline void repeat_each(A* values, size_t n, size_t times) {
+  if (times == 1) return;
+  for (size_t i = n; i-- > 0;)
+    if (times > kLanes<A>)
+      std::fill_n(values + i * times, times, values[i]);
+    else
+      store_part(values + i * times, broadcast(values[i]), times);
+}
+
+// The sums of `each` values after one another, n of them, in place.
+inline void sum_each(double* values, size_t n, size_t each) {
+  if (each < 8) {
+    for (size_t i = 0; i < n; ++i) {
+      double sum = values[i * each];
+      for (size_t k = 1; k < each; ++k) sum += values[i * each + k];
+      values[i] = sum;
+    }
+    return;
+  }
+  for (size_t i = 0; i < n; ++i) {
+    Vector<double> sums[4] = {};
+    sum_run<double>(
+        each, [&](size_t k, auto how, int to) FASTNORM_INLINE_LAMBDA { sums[to] += how.load(values + i * each + k); });
+    values[i] = total<double>(combined(sums));
+  }
+}
+
+template <class A>
+inline void add(A* __restrict to, const A* __restrict more, size_t n) {
   for (size_t i = 0; i < n; ++i) to[i] += more[i];
 }
 
@@ -110,28 +140,36 @@ inline void backward_coefficients(const Coefficients<A>& to, size_t n, const dou
   }
 }
 
-// The sums of dy and dy*xhat of each channel to the coefficients of dx; `count` elements share a statistic, those of
-// `span` channels. A value that has one for itself gets exactly 0.
+// What channels that share statistics have of their own in dx, its scale; and their sums of dy and dy*xhat times gamma,
+// in place. `count` elements share a statistic: a value that has one for itself gets exactly 0.
 template <class A>
-inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* mean,
-                                const double* rstds, const A* gamma, const double* sum_dy, const double* sum_dy_xhat,
-                                double count) {
+inline void weigh(A* __restrict scale, double* __restrict sum_dy, double* __restrict sum_dy_xhat, size_t n,
+                  const double* __restrict rstd, const A* __restrict gamma, double count) {
+  const bool alone = count <= 1.0;
+  for (size_t c = 0; c < n; ++c) {
+    const double gain = gamma ? static_cast<double>(gamma[c]) : 1.0;
+    sum_dy[c] *= gain;
+    sum_dy_xhat[c] *= gain;
+    scale[c] = static_cast<A>(alone ? 0.0 : rstd[c] * gain);
+  }
+}
+
+// What they have in common, from the sums over all of them: n statistics of `span` channels, whose mean and rstd stand
+// `span` places apart.
+template <class A>
+inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* __restrict mean,
+                                const double* __restrict rstds, const double* __restrict sum_g,
+                                const double* __restrict sum_g_xhat, double count) {
+  A* __restrict centres = to.centre, * __restrict shifts = to.shift, * __restrict slopes = to.slope;
   const double share = 1.0 / count;
-  for (size_t first = 0; first < n; first += span) {
-    const A centre = static_cast<A>(mean[first]);
-    const double rest = mean[first] - static_cast<double>(centre);
-    const double rstd = count > 1.0 ? rstds[first] : 0.0;
-    double sum_g = 0, sum_g_xhat = 0;
-    for (size_t c = first; c < first + span; ++c) {
-      const double gain = gamma ? static_cast<double>(gamma[c]) : 1.0;
-      sum_g += gain * sum_dy[c];
-      sum_g_xhat += gain * sum_dy_xhat[c];
-      to.scale[c] = static_cast<A>(rstd * gain);
-    }
-    const double slope = -rstd * rstd * sum_g_xhat * share;
-    std::fill_n(to.centre + first, span, centre);
-    std::fill_n(to.shift + first, span, static_cast<A>(-rstd * sum_g * share - rest * slope));
-    std::fill_n(to.slope + first, span, static_cast<A>(slope));
+  const bool alone = count <= 1.0;
+  for (size_t i = 0; i < n; ++i) {
+    const A centre = static_cast<A>(mean[i * span]);
+    const double rest = mean[i * span] - static_cast<double>(centre);
+    const double rstd = alone ? 0.0 : rstds[i * span], slope = -rstd * rstd * sum_g_xhat[i] * share;
+    centres[i] = centre;
+    shifts[i] = static_cast<A>(-rstd * sum_g[i] * share - rest * slope);
+    slopes[i] = static_cast<A>(slope);
   }
 }
 

@@ -36,19 +36,20 @@ struct Columns {
   // Values that `n` channels are spread over.
   size_t spread_length(size_t n) const { return n * shape.inner * cut.fold; }
 
-  // One value a channel to one a column of `fold` rows, in place.
-  void spread(A* values, size_t n) const {
-    if (shape.inner > 1)
-      for (size_t c = n; c-- > 0;) std::fill_n(values + c * shape.inner, shape.inner, values[c]);
-    const size_t wide = n * shape.inner;
-    for (size_t j = 1; j < cut.fold; ++j) std::copy_n(values, wide, values + j * wide);
+  // n values, each for `span` channels, to one a column of `fold` rows, in place.
+  void spread(A* values, size_t n, size_t span = 1) const {
+    repeat_each(values, n, span * shape.inner);
+    const size_t wide = n * span * shape.inner, all = wide * cut.fold;
+    for (size_t done = wide; done < all; done *= 2) std::copy_n(values, std::min(done, all - done), values + done);
   }
 
   // The inverse for sums: a channel's columns added up, in place.
   void collapse(A* sums, size_t n) const {
     const size_t wide = n * shape.inner;
-    for (size_t j = 1; j < cut.fold; ++j)
-      for (size_t i = 0; i < wide; ++i) sums[i] += sums[j * wide + i];
+    for (size_t rows = cut.fold, half; rows > 1; rows = half) {
+      half = (rows + 1) / 2;
+      add(sums, sums + half * wide, (rows - half) * wide);
+    }
     if (shape.inner == 1) return;
     for (size_t c = 0; c < n; ++c) {
       Vector<A> partial[4] = {};

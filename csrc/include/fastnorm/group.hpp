@@ -61,7 +61,7 @@ struct Group {
          by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
            c.expand(s);
            c.reduce(s, loop, w);
-           c.shared_backward_apply(s, loop);
+           c.sample_backward_apply(s, loop);
          });
     clear(sum_dy, sum_dy_xhat, channels);
     for (size_t b = 0; b < bundles; ++b) {

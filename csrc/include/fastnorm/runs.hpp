@@ -15,9 +15,9 @@ struct Runs {
   ChannelShape shape;
   Cut cut;
 
-  // A channel's value serves its runs as it is.
+  // A channel's value serves its runs as it is; n values, each for `span` channels.
   size_t spread_length(size_t n) const { return n; }
-  void spread(A*, size_t) const {}
+  void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, n, span); }
 
   size_t place(const Unit& u, size_t c) const { return (u.row * shape.channels + c) * shape.inner + u.at; }
   size_t stride() const { return shape.channels * shape.inner; }
@@ -65,25 +65,77 @@ struct Runs {
     }
   }
 
-  // run(offset, n, c) for group g's runs of channels [c0, c1), those of one row after another.
-  template <class F>
-  FASTNORM_INLINE void over_runs(size_t g, size_t c0, size_t c1, const F& run) const {
+  // What `count` coefficients of a channel are to all lanes of a vector; or to the first `n`, the others being of the
+  // next channel.
+  template <size_t count>
+  struct Line {
+    Vector<A> of[count];
+    FASTNORM_INLINE Line mixed(const Line& next, size_t n) const {
+      const Indices<A> mine = lane_numbers<A>() < static_cast<Index<A>>(n);
+      Line line;
+      repeat<count>([&](auto k) FASTNORM_INLINE_LAMBDA { line.of[k] = mine ? of[k] : next.of[k]; });
+      return line;
+    }
+  };
+
+  // Writes group g's runs of channels [c0, c1), those of one row after another: line(c) is what channel c needs,
+  // value(at, how, line) the vector of offset `at`.
+  template <size_t count, class Fetch, class Of, class Value>
+  FASTNORM_INLINE void write_runs(size_t g, size_t c0, size_t c1, T* out, bool past_cache, const Fetch& fetch,
+                                  const Of& line, const Value& value) const {
+    const bool adjacent = !past_cache && cut.pieces == 1 && shape.inner >= kLanes<A>;
+    Writer<T> writer(past_cache);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
-      for (size_t r = 0; r < u.rows; ++r)
-        for (size_t c = c0; c < c1; ++c) run(place(u, c) + r * stride(), u.length, c - c0);
+      for (size_t r = 0; r < u.rows; ++r) {
+        if (adjacent) {
+          write_row<count>(place(u, c0) + r * stride(), c1 - c0, out, line, value);
+          continue;
+        }
+        for (size_t c = c0; c < c1; ++c) {
+          const size_t at = place(u, c) + r * stride();
+          const Line<count> own = line(c - c0);
+          writer.run(out + at, u.length, fetch(at),
+                     [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA { return value(at + j, how, own); });
+        }
+      }
     }
+  }
+
+  // `width` runs that follow one another from offset `at` on, in whole aligned vectors: one in which a channel ends
+  // and the next begins is computed once, with the coefficients of both.
+  template <size_t count, class Of, class Value>
+  FASTNORM_INLINE void write_row(size_t at, size_t width, T* out, const Of& line, const Value& value) const {
+    constexpr size_t lanes = kLanes<A>;
+    size_t end = at + shape.inner;  // of the channel's run
+    Line<count> own = line(0);
+    if (const size_t begun = reinterpret_cast<std::uintptr_t>(out + at) % (lanes * sizeof(T)) / sizeof(T)) {
+      store_part(out + at, value(at, Part{lanes - begun}, own), lanes - begun);
+      at += lanes - begun;
+    }
+    for (size_t c = 1;; ++c) {
+      for (; at + lanes <= end; at += lanes) store(out + at, value(at, Whole{}, own));
+      if (c == width) break;
+      const Line<count> next = line(c);
+      if (at < end) {
+        store(out + at, value(at, Whole{}, own.mixed(next, end - at)));
+        at += lanes;
+      }
+      own = next;
+      end += shape.inner;
+    }
+    if (at < end) store_part(out + at, value(at, Part{end - at}, own), end - at);
   }
 
   void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
              size_t ahead) const {
-    Writer<T> writer(past_cache);
-    over_runs(g, c0, c1, [&](size_t at, size_t n, size_t c) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> centre = broadcast(k.centre[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
-      writer.run(y + at, n, Ahead<T, 1>{{x + at + ahead}}, [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
-        return mul_add(how.load(x + at + j) - centre, scale, shift);
-      });
-    });
+    write_runs<3>(
+        g, c0, c1, y, past_cache, [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 1>{{x + at + ahead}}; },
+        [&](size_t c) FASTNORM_INLINE_LAMBDA {
+          return Line<3>{{broadcast(k.centre[c]), broadcast(k.scale[c]), broadcast(k.shift[c])}};
+        },
+        [&](size_t at, auto how, const Line<3>& l)
+            FASTNORM_INLINE_LAMBDA { return mul_add(how.load(x + at) - l.of[0], l.of[1], l.of[2]); });
   }
 
   // sum(dy) and sum(dy*(x - centre)) of a channel's unit, by lane.
@@ -123,11 +175,8 @@ struct Runs {
         double grad[4], product[4];
         totals<A>(grads, grad);
         totals<A>(products_of, product);
-#pragma GCC unroll 4
-        for (size_t k = 0; k < 4; ++k) {
-          sum_dy[c + k - c0] += grad[k];
-          sum_dyx[c + k - c0] += product[k];
-        }
+        add(sum_dy + (c - c0), grad, 4);
+        add(sum_dyx + (c - c0), product, 4);
       }
       for (; c < c1; ++c) {
         const Products found = products(dy, x, u, c, centres[c - c0]);
@@ -140,15 +189,15 @@ struct Runs {
   template <class Form>
   void backward_apply(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* dx,
                       bool past_cache, size_t ahead) const {
-    Writer<T> writer(past_cache);
-    over_runs(g, c0, c1, [&](size_t at, size_t n, size_t c) FASTNORM_INLINE_LAMBDA {
-      const Vector<A> centre = broadcast(k.centre[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]),
-                      slope = broadcast(k.slope[c]);
-      writer.run(dx + at, n, Ahead<T, 2>{{dy + at + ahead, x + at + ahead}},
-                 [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA {
-                   return Form::dx(how.load(dy + at + j), how.load(x + at + j) - centre, scale, shift, slope);
-                 });
-    });
+    write_runs<4>(
+        g, c0, c1, dx, past_cache,
+        [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 2>{{dy + at + ahead, x + at + ahead}}; },
+        [&](size_t c) FASTNORM_INLINE_LAMBDA {
+          return Line<4>{{broadcast(k.centre[c]), broadcast(k.scale[c]), broadcast(k.shift[c]), broadcast(k.slope[c])}};
+        },
+        [&](size_t at, auto how, const Line<4>& l) FASTNORM_INLINE_LAMBDA {
+          return Form::dx(how.load(dy + at), how.load(x + at) - l.of[0], l.of[1], l.of[2], l.of[3]);
+        });
   }
 };
 

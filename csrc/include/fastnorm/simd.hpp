@@ -442,8 +442,14 @@ FASTNORM_INLINE void totals(const Vector<A> (&v)[4], double (&to)[4]) {
     Vector<A> all = halves(halves(v[0], v[1], n / 2), halves(v[2], v[3], n / 2), n / 4);
 #pragma GCC unroll 4
     for (Index<A> half = n / 8; half > 0; half /= 2) all += __builtin_shuffle(all, lane ^ half);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) to[i] = static_cast<double>(all[(i % 2 * 2 + i / 2) * (n / 4)]);
+    // They are in lanes 0, n/2, n/4 and 3n/4.
+    all = __builtin_shuffle(all, ((lane & 1) * 2 + (lane >> 1 & 1)) * (n / 4));
+    typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+    typedef double Doubles __attribute__((vector_size(4 * sizeof(double))));
+    Four four;
+    std::memcpy(&four, &all, sizeof four);
+    const Doubles found = __builtin_convertvector(four, Doubles);
+    std::memcpy(to, &found, sizeof found);
   }
 }
 
