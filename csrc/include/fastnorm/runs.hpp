@@ -144,6 +144,14 @@ struct Runs {
   };
   FASTNORM_INLINE Products products(const T* dy, const T* x, const Unit& u, size_t c, A centre_of_c) const {
     const Vector<A> centre = broadcast(centre_of_c);
+    if (u.rows == 1 && u.length <= kLanes<A>) {  // nothing to combine
+      const size_t at = place(u, c);
+      const auto only = [&](auto how) FASTNORM_INLINE_LAMBDA {
+        const Vector<A> grad = how.load(dy + at);
+        return Products{grad, grad * (how.load(x + at, centre) - centre)};
+      };
+      return u.length == kLanes<A> ? only(Whole{}) : only(Part{u.length});
+    }
     Vector<A> grads[4] = {}, products[4] = {};
     for (size_t r = 0; r < u.rows; ++r) {
       const size_t at = place(u, c) + r * stride();
