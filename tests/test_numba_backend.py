@@ -232,7 +232,7 @@ def digest():
         table.channel_backward(dy, x, outer, channels, inner, mean, var, 1e-5, None, dx, s1, s2)
         for array in (y, mean, var, dx, s1, s2):
             total.update(array.tobytes())
-    for rows, cols in ((3000, 127), (3, 100000), (33, 4099)):
+    for rows, cols in ((3000, 127), (300, 700), (3, 100000), (33, 4099)):
         x, dy = (rng.standard_normal(rows * cols).astype(np.float32) for _ in range(2))
         y, dx = np.empty_like(x), np.empty_like(x)
         mean, var, s1, s2 = np.empty(rows), np.empty(rows), np.empty(cols), np.empty(cols)
@@ -336,6 +336,13 @@ def test_machine_code_is_loaded_without_what_compiling_needs(tmp_path: Path) -> 
     first, second = (run(CACHED, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="0").split() for _ in range(2))
     assert (first[0], second[0]) == ("compiled", "loaded")
     assert first[1] == second[1]
+
+
+def test_a_backward_of_rows_has_parts_for_the_threads() -> None:
+    """Not for what one thread does anyway, and not for long rows, which are cut into pieces."""
+    rows = importlib.import_module("fastnorm.backends.numba_cpu._rows")
+    assert [rows.part_rows(*size) for size in ((256, 1024), (300, 700), (4096, 64))] == [32, 38, 128]
+    assert rows.part_rows(64, 64) == rows.part_rows(64, 262144) == rows.PART_ROWS
 
 
 def test_nan_stays_in_its_channel() -> None:

@@ -346,31 +346,34 @@ def row_backward(
     dy, x, dx, var, centred = _storage(dy), _storage(x), _storage(dx), _plain(var), mean is not None
     mean = np.zeros(rows) if mean is None else _plain(mean)
     pieces = -(-cols // _rows.PIECE)
-    parts = -(-rows // _rows.PART_ROWS)
+    part_rows = _rows.part_rows(rows, cols)
+    parts = -(-rows // part_rows)
     sums = np.empty((2, rows * pieces))
     downwards = np.zeros((2, parts * cols), _accumulation(x))
     totals = np.empty((2, cols)) if dgamma is None or dbeta is None else (dgamma, dbeta)
     stream = _plan.past_cache(x.nbytes, arrays=2)
     row_bytes = 2 * cols * x.itemsize
 
-    def launch(steps: int, tasks: int, first: int, last: int, slab: int, ahead: int) -> None:
+    def launch(
+        steps: int, tasks: int, first: int, last: int, slab: int, ahead: int, elements: int = x.size
+    ) -> None:  # fmt: skip
         _rows.backward(
-            x.size, tasks, dy, x, dx, first, last, cols, steps, slab, *sums, mean, var, centred, eps,
+            elements, tasks, dy, x, dx, first, last, cols, part_rows, steps, slab, *sums, mean, var, centred, eps,
             *_parameter(gamma, x, 1.0), *downwards, *totals, stream, ahead,
         )  # fmt: skip
 
-    if parts >= 2 * threads() or _plan.in_one_task(x.size):
-        slab = max(1, min(_rows.PART_ROWS, _plan.caches()[0] // 4 // row_bytes))
+    if parts >= threads() or _plan.in_one_task(x.size):
+        slab = max(1, min(part_rows, _plan.caches()[0] // 4 // row_bytes))
         launch(SUMS | WRITE, parts, 0, rows, slab, slab * cols)
     else:
-        block = max(1, min(_rows.PART_ROWS, LONG_ROWS // row_bytes))
-        for part in range(0, rows, _rows.PART_ROWS):
-            for first in range(part, min(part + _rows.PART_ROWS, rows), block):
-                last = min(first + block, part + _rows.PART_ROWS, rows)
+        block = max(1, min(part_rows, LONG_ROWS // row_bytes))
+        for part in range(0, rows, part_rows):
+            for first in range(part, min(part + part_rows, rows), block):
+                last = min(first + block, part + part_rows, rows)
                 launch(SUMS, pieces, first, last, last - first, 0)
                 launch(WRITE, -(-(last - first) * cols // _runs.PIECE), first, last, last - first, READ_AHEAD)
     if dgamma is not None:
-        launch(FINISH, -(-cols // _rows.STRIP), 0, rows, 1, 0)
+        launch(FINISH, -(-cols // _rows.STRIP), 0, rows, 1, 0, downwards.size)
 
 
 def dropout(x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:

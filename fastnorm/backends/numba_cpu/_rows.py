@@ -1,6 +1,6 @@
 """The backward of the row family, (rows, cols) with gamma by column; its forward is that of `_runs`.
 
-    for part of rows:                   PART_ROWS rows, of which dgamma and dbeta are summed by themselves
+    for part of rows:                   at most PART_ROWS rows, of which dgamma and dbeta are summed by themselves
         for piece of columns:           PIECE columns; the sums along a row are added up piece by piece
             sums along each row, sums down each column
         dx
@@ -16,7 +16,7 @@ through the first.
 from __future__ import annotations
 
 from fastnorm.backends.numba_cpu._compiler import compiled
-from fastnorm.backends.numba_cpu._launch import Kernel
+from fastnorm.backends.numba_cpu._launch import PARALLEL_FROM, Kernel
 from fastnorm.backends.numba_cpu._output import line_start, writer_of_runs
 from fastnorm.backends.numba_cpu._runs import FINISH, SUMS, WRITE
 from fastnorm.backends.numba_cpu._runs import PIECE as WRITTEN
@@ -30,24 +30,34 @@ from fastnorm.backends.numba_cpu._scalars import (
 )
 from fastnorm.backends.numba_cpu._tasks import hand_out
 from fastnorm.backends.numba_cpu._vectors import (
+    element,
     fence,
     lanes,
     load,
     load4,
     load_part,
     prefetch,
+    put,
     spread,
     spread4,
     store4,
     total,
 )
 
-PART_ROWS = 128
-"""Rows of which dgamma and dbeta are summed in the accumulation dtype."""
+PART_ROWS, FEWEST_ROWS, PARTS = 128, 32, 8
+"""Rows of which dgamma and dbeta are summed in the accumulation dtype: fewer where rows are, so that there are parts
+for the threads. (256, 1024) took as long on two as on one."""
 PIECE = 1 << 12
 """Columns over which a row is summed in float32 before float64 takes over."""
 STRIP = 512
 """Columns of which a task adds up the parts of dgamma and dbeta."""
+
+
+def part_rows(rows: int, cols: int) -> int:
+    """Rows of a part. Long rows are cut into pieces instead, and share one part."""
+    if rows * cols < PARALLEL_FROM or cols > PIECE:
+        return PART_ROWS
+    return max(FEWEST_ROWS, min(PART_ROWS, -(-rows // PARTS)))
 
 
 @compiled
@@ -107,7 +117,7 @@ _write_gradient = writer_of_runs(_row_line, _gradient_whole, _gradient_part)
 
 @Kernel
 def backward(
-    launcher, begin, end, dy, x, dx, first_row, last_row, cols, steps, slab, row_g, row_g_centred, mean, var,
+    launcher, begin, end, dy, x, dx, first_row, last_row, cols, part_rows, steps, slab, row_g, row_g_centred, mean, var,
     centred, eps, gamma, mask, part_dgamma, part_dbeta, dgamma, dbeta, past_cache, ahead,
 ):  # fmt: skip
     """Rows first_row..last_row, from the first row of a part on or within one part.
@@ -124,17 +134,18 @@ def backward(
     for task in range(begin, end):
         if steps == FINISH:
             for j in range(task * STRIP, least((task + 1) * STRIP, cols)):
-                dgamma[j], dbeta[j] = 0.0, 0.0
+                put(dgamma, j, 0.0)
+                put(dbeta, j, 0.0)
             for part in range(0, part_dgamma.size, cols):
                 for j in range(task * STRIP, least((task + 1) * STRIP, cols)):
-                    dgamma[j] += part_dgamma[part + j]
-                    dbeta[j] += part_dbeta[part + j]
+                    put(dgamma, j, element(dgamma, j) + element(part_dgamma, part + j))
+                    put(dbeta, j, element(dbeta, j) + element(part_dbeta, part + j))
             continue
         top, bottom, first_piece, last_piece = first_row, last_row, 0, pieces
         if steps == SUMS:
             first_piece, last_piece = task, task + 1
         elif steps == SUMS + WRITE:
-            top, bottom = first_row + task * PART_ROWS, least(first_row + (task + 1) * PART_ROWS, last_row)
+            top, bottom = first_row + task * part_rows, least(first_row + (task + 1) * part_rows, last_row)
         for first in range(top, bottom, slab):
             last = least(first + slab, bottom)
             if steps & SUMS:
@@ -142,7 +153,7 @@ def backward(
                     factor = rstd(var[row], eps)
                     for piece in range(first_piece, last_piece):
                         k, upto = piece * PIECE, least((piece + 1) * PIECE, cols)
-                        at, offset = row * pieces + piece, row // PART_ROWS * cols
+                        at, offset = row * pieces + piece, row // part_rows * cols
                         row_g[at], row_g_centred[at] = _sum_piece(
                             dy, x, row * cols, k, upto, mean[row], factor, gamma, mask, part_dgamma, part_dbeta, offset
                         )
