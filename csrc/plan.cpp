@@ -209,4 +209,14 @@ RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int 
   return plan;
 }
 
+DropoutPlan plan_dropout(std::size_t elements, std::size_t itemsize) {
+  DropoutPlan plan{};
+  plan.stream = streams(elements * itemsize, 1);
+  const std::size_t least = plan.stream ? kDropoutStreamed : kDropoutTask;
+  plan.task = ceil_div(ceil_div(elements, std::max<std::size_t>(1, elements / least)), kDrawn) * kDrawn;
+  plan.tasks = ceil_div(elements, plan.task);
+  plan.ahead = kDropoutAhead;
+  return plan;
+}
+
 }  // namespace fastnorm

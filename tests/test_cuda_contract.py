@@ -210,9 +210,12 @@ def test_bits_do_not_depend_on_how_many_channels_fit_the_cache(shape, slab, monk
 def test_dropout_has_the_bits_of_the_reference(n, first, dtype, shift):
     x, _, _, _ = kernel_inputs(n, 1, dtype)
     y, expected = np.zeros_like(x), np.zeros_like(x)
-    arguments = (x, n, first, 0xFEDCBA9876543210, 0xE0000000, 2.0)
-    reference.dropout(*arguments, expected)
-    assert _run("dropout", (*arguments, y), {"y": y}, shift)["y"].tobytes() == expected.tobytes()
+    seed = 0xFEDCBA9876543210
+    tied = int(reference.words(first, n, seed)[n // 2])  # its lower half decides for this element
+    for threshold in (0xE0000000, tied, tied + 1):
+        arguments = (x, n, first, seed, threshold, 2.0)
+        reference.dropout(*arguments, expected)
+        assert _run("dropout", (*arguments, y), {"y": y}, shift)["y"].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(("dtype", "shift"), [("float32", 1), ("bfloat16", 2)])

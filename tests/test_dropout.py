@@ -14,26 +14,33 @@ from processes import run
 import fastnorm
 from fastnorm import _dispatch, _layout
 from fastnorm.bench.cases import DTYPES, dtype_of
-from fastnorm.reference.kernels import philox
+from fastnorm.reference.kernels import numbers, philox
+from fastnorm.reference.kernels import words as reference_words
 
 SEED = 0x0123_4567_89AB_CDEF
 ALL = 1 << 32
 
 
-def scalar_philox(counter, key):
+def scalar_philox(counter, key, rounds=7):
     """The paper's algorithm, one step at a time."""
     c, k = list(counter), list(key)
-    for _ in range(10):
+    for _ in range(rounds):
         (high_0, low_0), (high_1, low_1) = divmod(0xD2511F53 * c[0], ALL), divmod(0xCD9E8D57 * c[2], ALL)
         c = [high_1 ^ c[1] ^ k[0], low_1, high_0 ^ c[3] ^ k[1], low_0]
         k = [(k[0] + 0x9E3779B9) % ALL, (k[1] + 0xBB67AE85) % ALL]
     return tuple(c)
 
 
+def number(index, seed, stream):
+    """The random number of 16 bits of an element: half of a word of Philox."""
+    high, low = divmod(index // 8, ALL)
+    whole = scalar_philox((low, high, stream, 0), (seed % ALL, seed // ALL))[index % 8 // 2]
+    return whole >> 16 if index % 2 else whole & 0xFFFF
+
+
 def word(index, seed):
     """The random word of an element."""
-    high, low = divmod(index // 4, ALL)
-    return scalar_philox((low, high, 0, 0), (seed % ALL, seed // ALL))[index % 4]
+    return number(index, seed, 0) << 16 | number(index, seed, 1)
 
 
 def expected_mask(shape, p, seed=SEED):
@@ -58,25 +65,26 @@ def kernel_mask(table, n, first, seed, threshold, dtype="float32"):
 
 # ---- random words ---------------------------------------------------------------------------------
 
-# Random123, tests/kat_vectors: philox4x32 10.
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+# Random123, tests/kat_vectors: philox4x32 7 and 10.
 KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((ALL - 1,) * 4, (ALL - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
+    (7, (0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (7, (ALL - 1,) * 4, (ALL - 1,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (7, *PI, (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    (10, (0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (10, (ALL - 1,) * 4, (ALL - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (10, *PI, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
-def test_philox_gives_the_published_answers(counter, key, words):
-    assert scalar_philox(counter, key) == words
-    assert tuple(int(c[0]) for c in philox(tuple(np.array([c], np.uint64) for c in counter), key)) == words
+@pytest.mark.parametrize(("rounds", "counter", "key", "words"), KNOWN)
+def test_philox_gives_the_published_answers(rounds, counter, key, words):
+    assert scalar_philox(counter, key, rounds) == words
+    columns = tuple(np.array([c], np.uint64) for c in counter)
+    assert tuple(int(c[0]) for c in philox(columns, key, rounds)) == words
 
 
-@pytest.mark.parametrize("first", [0, 1, 62, 4 * ALL - 6, 4 * ALL, (1 << 60) + 3])
+@pytest.mark.parametrize("first", [0, 1, 62, 8 * ALL - 6, 8 * ALL, (1 << 60) + 3])
 @pytest.mark.parametrize("seed", [0, 1, SEED, ALL, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_a_kernel_keeps_what_is_below_the_threshold(first, seed, backend):
     table = _dispatch.kernels(backend)
@@ -86,8 +94,21 @@ def test_a_kernel_keeps_what_is_below_the_threshold(first, seed, backend):
         above = kernel_mask(table, 12, first, seed, exact + 1)
         assert (below[i], above[i]) == (0, 1)
         np.testing.assert_array_equal(below, np.array(words) < exact)
+        # Thresholds without a lower half: a tie with it is no reason to keep.
+        np.testing.assert_array_equal(kernel_mask(table, 12, first, seed, exact >> 16 << 16)[i], 0)
     np.testing.assert_array_equal(kernel_mask(table, 12, first, seed, 0), 0)
     np.testing.assert_array_equal(kernel_mask(table, 12, first, seed, ALL), 1)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_ties_are_settled_by_the_second_stream(shift, backend):
+    # 2^20 elements have 16 with the upper half of a threshold; at p = 1/2^16 * 3/4 those are all that may be kept.
+    n, threshold = 1 << 20, 0xC000
+    expected = np.flatnonzero(reference_words(5 + shift, n, SEED) < threshold)
+    assert 3 < expected.size < 30
+    found = np.flatnonzero(kernel_mask(_dispatch.kernels(backend), n, 5 + shift, SEED, threshold))
+    np.testing.assert_array_equal(found, expected)
+    assert [word(5 + shift + int(i), SEED) < threshold for i in expected] == [True] * expected.size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +116,7 @@ def test_a_kernel_keeps_what_is_below_the_threshold(first, seed, backend):
 def test_kernels_agree_bit_by_bit(n, dtype, rng, backend):
     table, reference = _dispatch.kernels(backend), _dispatch.kernels("numpy")
     values = rng.standard_normal(n + 7).astype(dtype_of(dtype))
-    for offset, first in ((0, 0), (1, 0), (3, 5), (7, 4 * ALL - 64)):  # where memory starts, where words do
+    for offset, first in ((0, 0), (1, 0), (3, 5), (7, 8 * ALL - 64), (1, 70)):  # where memory starts, where words do
         x = values[offset : offset + n]
         expected, found = np.empty_like(x), np.full(n + 9, 9, x.dtype)
         reference.dropout(x, n, first, SEED, ALL // 3, 3.0, expected)
@@ -252,7 +273,7 @@ def test_the_share_of_kept_elements(p, seed):
     n = 1 << 20  # the number kept is binomial: mean n*p, variance n*p*(1-p)
     kept = mask(n, {"p": p, "seed": seed})
     assert abs(kept.sum() - n * p) < SIGMAS * np.sqrt(n * p * (1 - p))
-    for remainder in range(64):  # each of the four words, and each bit that kernels work with
+    for remainder in range(64):  # each of the eight numbers of a counter, and each bit that kernels work with
         part = kept[remainder::64]
         assert abs(part.sum() - part.size * p) < SIGMAS * np.sqrt(part.size * p * (1 - p)) + 1
 
@@ -262,10 +283,35 @@ def test_elements_and_seeds_are_uncorrelated(p):
     # (m - p)(m' - p)/(p(1-p)) of two independent elements has mean 0 and variance 1.
     n = 1 << 20
     scores = [(mask(n, {"p": p, "seed": seed}) - p) / np.sqrt(p * (1 - p)) for seed in (0, 1, 2, 1 << 32)]
-    for lag in (1, 2, 3, 4, 5, 8, 16, 64, 1024):
+    for lag in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64, 1024):
         assert abs(np.dot(scores[0][lag:], scores[0][:-lag])) < SIGMAS * np.sqrt(n - lag), lag
     for one, other in pairwise(scores):
         assert abs(np.dot(one, other)) < SIGMAS * np.sqrt(n)
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+@pytest.mark.parametrize("place", range(8))
+def test_numbers_are_uniform(place, stream):
+    # Pearson's statistic of the values' upper and of their lower 8 bits has mean 255 and variance 2*255 or less.
+    values = numbers(0, 1 << 21, SEED, stream)[place::8]
+    for part in (values >> 8, values & 0xFF):
+        counts = np.bincount(part.astype(int), minlength=256)
+        statistic = ((counts - values.size / 256) ** 2).sum() / (values.size / 256)
+        assert abs(statistic - 255) < SIGMAS * np.sqrt(2 * 255)
+
+
+def test_the_bits_of_numbers_are_uncorrelated():
+    # The 128 bits of a counter, of the next one and of the other stream, as +-1: a product has mean 0 and variance 1.
+    n = 1 << 17
+    found = numbers(0, 8 * n, SEED, 0).reshape(n, 8)
+    signs = 2.0 * (found[:, :, None] >> np.arange(16, dtype=np.uint64) & 1).astype(float).reshape(n, 128) - 1
+    bound = SIGMAS * np.sqrt(n)
+    assert np.abs(signs.sum(axis=0)).max() < bound
+    assert np.abs(signs.T @ signs - n * np.eye(128)).max() < bound
+    assert np.abs(signs[1:].T @ signs[:-1]).max() < bound
+    lower = numbers(0, 8 * n, SEED, 1).reshape(n, 8)
+    others = 2.0 * (lower[:, :, None] >> np.arange(16, dtype=np.uint64) & 1).astype(float).reshape(n, 128) - 1
+    assert np.abs(signs.T @ others).max() < bound
 
 
 def test_the_mean_is_kept():

@@ -135,8 +135,10 @@ class KernelTable(Protocol):
         """
 
     def dropout(self, x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:
-        """y[i] = x[i]*scale where word < threshold, else +0, whatever x[i] is; word is number first + i of the words
-        of Philox-4x32-10 with the key `seed`: word index % 4 of the block whose 64-bit counter is index // 4.
+        """y[i] = x[i]*scale where word < threshold, else +0, whatever x[i] is; word is that of index = first + i:
+        its upper and its lower 16 bits are number index % 8 of what Philox-4x32-7 with the key `seed` makes of the
+        counters {index // 8, 0, 0} and {index // 8, 1, 0}, index // 8 being 64 bits. The numbers are the lower half of
+        the first word, its upper half, the lower half of the second, and so on.
 
         0 <= seed < 2^64; 0 <= threshold <= 2^32. scale is rounded to the accumulation dtype, in which the product is
         computed, so that the bits are the same on every backend. n elements, the first of which is number `first`.

@@ -11,6 +11,9 @@ So values of 1e6 +- 1 are normalized to float32's accuracy.
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import numpy as np
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
 LARGEST_FLOAT64 = 1.7976931348623157e308
@@ -74,3 +77,31 @@ def gradient_line(rstd: float, rest: float, mean_dy: float, mean_dy_xhat: float)
 def sum_times_xhat(rstd: float, rest: float, sum_dy: float, sum_dy_centred: float) -> float:
     """sum(dy*xhat) from sum(dy) and sum(dy*(x - centre))."""
     return rstd * (sum_dy_centred - rest * sum_dy)
+
+
+# ---- dropout ----------------------------------------------------------------------------------------
+
+PHILOX_ROUNDS = 7
+M0, M1, W0, W1 = (np.uint64(n) for n in (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
+LOW, HALF, LOW16, HALF16 = (np.uint64(n) for n in (0xFFFFFFFF, 32, 0xFFFF, 16))
+
+
+def philox(counter: Any, stream: int, seed: int) -> tuple[Any, Any, Any, Any]:
+    """The four words of 32 bits that Philox-4x32-7 makes of a counter, an unsigned number, and the bits of a seed."""
+    c0, c1, c2, c3 = counter & LOW, counter >> HALF, np.uint64(stream), np.uint64(0)
+    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64((seed >> 32) & 0xFFFFFFFF)
+    for _ in range(PHILOX_ROUNDS):
+        even, odd = c0 * M0, c2 * M1
+        c0, c1, c2, c3 = (odd >> HALF) ^ c1 ^ k0, odd & LOW, (even >> HALF) ^ c3 ^ k1, even & LOW
+        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+    return c0, c1, c2, c3
+
+
+def numbers_below(words: tuple[Any, Any, Any, Any], limit: Any) -> Any:
+    """Which of the eight halves of four words, the lower one of each first, are below the limit, as bits."""
+    c0, c1, c2, c3 = words
+    return (
+        (c0 & LOW16 < limit) | (c0 >> HALF16 < limit) << 1 | (c1 & LOW16 < limit) << 2 | (c1 >> HALF16 < limit) << 3
+        | (c2 & LOW16 < limit) << 4 | (c2 >> HALF16 < limit) << 5 | (c3 & LOW16 < limit) << 6
+        | (c3 >> HALF16 < limit) << 7
+    )  # fmt: skip

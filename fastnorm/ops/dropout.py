@@ -9,8 +9,14 @@ Each element is kept with probability p, by itself, and set to 0 otherwise:
             1                 'none': the expectation of out is p*x, and test mode gives p*x
 
 word[i] is a random number of 32 bits that depends on the seed and on i alone, the index of the element in C order,
-not on the memory layout, the dtype, the backend or the number of threads: word i % 4 of what Philox-4x32-10 (Salmon,
-Moraes, Dror and Shaw, 2011) makes of the counter i // 4 and the key `seed`. So the mask needs no memory: backward draws
+not on the memory layout, the dtype, the backend or the number of threads:
+
+    word[i] = 2^16 * number(i, 0) + number(i, 1)
+
+    number(i, stream): of the eight numbers of 16 bits that Philox-4x32-7 (Salmon, Moraes, Dror and Shaw, 2011) makes of
+    the counter i // 8, the stream and the key `seed`, number i % 8
+
+The lower half decides for one element in 65,536, and is drawn for that alone. The mask needs no memory: backward draws
 it again.
 
 Backward, with the seed of forward:
@@ -18,7 +24,7 @@ Backward, with the seed of forward:
     dx[i] = dout[i] * scale   where word[i] < threshold
             0                 elsewhere
 
-docs/maths.md says more of the words and of the rounding of p and 1/p.
+docs/maths.md says more of the numbers and of the rounding of p and 1/p.
 """
 
 from __future__ import annotations

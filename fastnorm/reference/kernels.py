@@ -284,24 +284,34 @@ def row_backward(
             dx[r, k] = (grad - mean_g[r, None] - xhat * mean_g_xhat[r, None]) * rstd[r, None]
 
 
-def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
-    """Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, 2011) of counters and a key; 32-bit words in uint64 arrays."""
+PHILOX_ROUNDS = 7
+
+
+def philox(
+    counter: tuple[Array, Array, Array, Array], key: tuple[int, int], rounds: int = PHILOX_ROUNDS
+) -> tuple[Array, Array, Array, Array]:
+    """Philox-4x32 (Salmon, Moraes, Dror and Shaw, 2011) of counters and a key; 32-bit words in uint64 arrays."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         even, odd = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (odd >> 32) ^ c1 ^ k0, odd & low, (even >> 32) ^ c3 ^ k1, even & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return c0, c1, c2, c3
 
 
+def numbers(first: int, n: int, seed: int, stream: int) -> Array:
+    """The random numbers of 16 bits of elements first, first + 1, ..., first + n - 1: eight of a counter."""
+    index = np.arange(first // 8, (first + n - 1) // 8 + 1, dtype=np.uint64)
+    counter = index & 0xFFFFFFFF, index >> 32, np.full_like(index, stream), np.zeros_like(index)
+    words = np.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)), axis=1)
+    return np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1)[first % 8 :][:n]
+
+
 def words(first: int, n: int, seed: int) -> Array:
-    """The random words of elements first, first + 1, ..., first + n - 1."""
-    index = np.arange(first // 4, (first + n - 1) // 4 + 1, dtype=np.uint64)
-    zero = np.zeros_like(index)
-    blocks = philox((index & 0xFFFFFFFF, index >> 32, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
-    return np.stack(blocks, axis=1).reshape(-1)[first % 4 :][:n]
+    """Their random words of 32 bits."""
+    return numbers(first, n, seed, 0) << 16 | numbers(first, n, seed, 1)
 
 
 def dropout(x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:

@@ -1,53 +1,70 @@
 // Dropout, forward and backward alike.
 //
-//   scalar:  word = philox(counter (first + i)/4, key seed)[(first + i) % 4]
+//   scalar:  word = number(first + i, stream 0) << 16 | number(first + i, stream 1), with number(index, stream) =
+//            number index % 8 of what Philox makes of the counter index/8
 //            y[i] = word < threshold ? x[i]*scale : 0
+//
+// Stream 1 is looked at only for the element in 65,536 whose number of stream 0 is that of the threshold.
 #pragma once
 
 #include <algorithm>
 
 #include "fastnorm/channel.hpp"
 #include "fastnorm/philox.hpp"
+#include "fastnorm/plan.hpp"
 
 namespace fastnorm::FASTNORM_LEVEL {
 
-// Which elements are kept, as the bits of a number for kStep of them at a time.
+// Which elements are kept, as bits.
 class Fates {
  public:
-  static constexpr size_t kStep = 64;
+  using Bits = Philox::Bits;
+  static constexpr size_t kStep = 64 * Philox::kWords;
+  static_assert(kDrawn % kStep == 0);
 
-  // The first number is for the elements from index / kStep * kStep on.
-  Fates(const Philox& philox, uint64_t threshold, uint64_t index)
-      : philox_(philox), threshold_(threshold), counter_(index / kStep * (kStep / 4)) {}
+  // The first bits are `shift` of no meaning, fewer than 64, then those of the elements from index / 64 * 64 on.
+  Fates(const Philox& philox, uint64_t threshold, uint64_t index, size_t shift)
+      : philox_(philox), threshold_(threshold), counter_(index / 64 * (64 / Philox::kNumbers)), shift_(shift) {}
 
-  FASTNORM_INLINE uint64_t next() {
-    if (threshold_ >> 32 != 0) return ~uint64_t{0};
-    if (at_ == Philox::kBlocks) {
-      philox_.below(counter_, static_cast<uint32_t>(threshold_), drawn_);
-      counter_ += Philox::kBlocks * (kStep / 4);
-      at_ = 0;
+  // Of the next kStep elements.
+  FASTNORM_INLINE Bits next() {
+    Bits kept, ties;
+    if (threshold_ >> 32 != 0) {
+      for (uint64_t& word : kept.word) word = ~uint64_t{0};
+      return kept;
     }
-    return drawn_[at_++];
+    if (philox_.compare(counter_, static_cast<uint16_t>(threshold_ >> 16), kept, ties)) kept = settled(kept, ties);
+    counter_ += kStep / Philox::kNumbers;
+    if (shift_ != 0)
+      for (uint64_t& word : kept.word) {
+        const uint64_t late = word >> (64 - shift_);
+        word = word << shift_ | carried_;
+        carried_ = late;
+      }
+    return kept;
   }
 
  private:
+  // With the elements that tie with the upper half of the threshold. All by value, so that they are registers where
+  // there is none.
+  __attribute__((noinline, cold)) Bits settled(Bits kept, Bits ties) const {
+    for (size_t i = 0; i < kStep; ++i)
+      if (ties.word[i / 64] >> i % 64 & 1) {
+        const uint16_t lower =
+            philox_.number(counter_ + i / Philox::kNumbers, 1, static_cast<int>(i % Philox::kNumbers));
+        kept.word[i / 64] |= uint64_t{lower < (threshold_ & 0xffff)} << i % 64;
+      }
+    return kept;
+  }
+
   const Philox& philox_;
-  uint64_t threshold_, counter_, drawn_[Philox::kBlocks];
-  int at_ = Philox::kBlocks;
+  uint64_t threshold_, counter_, carried_ = 0;
+  size_t shift_;
 };
 
 template <class T>
 struct Dropout {
   using A = Acc<T>;
-
-  // Elements of a task, which take a core 4 us, and of one that stores past the cache: with the smaller ones 256 MB of
-  // float32 took 12.2 ms instead of 11.3.
-  static constexpr size_t kPiece = size_t{1} << 14, kStreamedPiece = size_t{1} << 16;
-  // Elements from those being written to those being fetched: with kReadAhead 64 MB of float16 took 5.6 ms, not 5.1.
-  static constexpr size_t kFetch = 1024;
-  // Elements whose words are drawn at a time: their fates are the bits of one number. Drawing them is work for the
-  // processor and writing them is work for the memory, and small steps let the two overlap.
-  static constexpr size_t kStep = Fates::kStep;
 
   // The lanes of bits 0, 1, ... that are set, 0 in the others.
   static FASTNORM_INLINE Vector<A> lanes_of(uint64_t bits, Vector<A> v) {
@@ -64,31 +81,36 @@ struct Dropout {
 
   static void run(const T* x, size_t n, uint64_t first, uint64_t seed, uint64_t threshold, double scale, T* y) {
     const Philox philox(seed);
-    const bool past_cache = streams(n * sizeof(T), 1);
+    const DropoutPlan plan = plan_dropout(n, sizeof(T));
     const Vector<A> factor = broadcast(static_cast<A>(scale));
-    const size_t piece = past_cache ? kStreamedPiece : kPiece;
-    parallel_for((n + piece - 1) / piece, [&](size_t task, int) {
-      Writer<T> writer(past_cache);
-      const size_t end = std::min(n, (task + 1) * piece);
-      size_t at = task * piece;
-      // Steps are cut where lines of the output begin, so that a step is whole lines: with broken ones at both ends,
-      // 128 MB of float32 that begin 4 bytes after a line took 6.2 ms instead of 5.6.
-      size_t count = kStep - reinterpret_cast<std::uintptr_t>(y + at) % kLineBytes / sizeof(T);
-      Fates fates(philox, threshold, first + at);
-      uint64_t drawn = fates.next();
-      for (; at < end; at += count, count = kStep) {
-        count = std::min(count, end - at);
-        const uint64_t index = first + at, skip = index % kStep;
-        uint64_t kept = drawn >> skip;
-        if (skip + count >= kStep) {
-          drawn = fates.next();
-          if (skip > 0) kept |= drawn << (kStep - skip);
-        }
+    parallel_for(plan.tasks, [&](size_t task, int) {
+      Writer<T> writer(plan.stream);
+      // At most 64 elements, whose bits these are.
+      const auto write = [&](size_t at, size_t count, uint64_t kept) FASTNORM_INLINE_LAMBDA {
         const T* from = x + at;
-        writer.run(y + at, count, Ahead<T, 1>{{from + kFetch}},
+        writer.run(y + at, count, Ahead<T, 1>{{from + plan.ahead}},
                    [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA -> Vector<A> {
                      return lanes_of(kept >> i << how.skip, how.load(from + i) * factor);
                    });
+      };
+      // Past the cache the bits are shifted until a word ends where a line of the output does: with broken lines at
+      // both ends of 64 elements, 128 MB of float32 that begin 4 bytes after a line took 6.2 ms instead of 5.6.
+      const size_t begin = task * plan.task, count = std::min(plan.task, n - begin), skip = (first + begin) % 64;
+      const size_t broken = reinterpret_cast<std::uintptr_t>(y + begin) % kLineBytes / sizeof(T);
+      const size_t shift = plan.stream ? (broken - skip) % 64 : 0;
+      Fates fates(philox, threshold, first + begin, shift);
+      const size_t lead = skip + shift;  // bits before that of the first element
+      for (size_t bit = 0; bit < lead + count; bit += Fates::kStep) {
+        const Fates::Bits kept = fates.next();
+        if (bit >= lead && bit + Fates::kStep <= lead + count) {
+          repeat<Philox::kWords>([&](auto w)
+                                     FASTNORM_INLINE_LAMBDA { write(begin + bit - lead + 64 * w, 64, kept.word[w]); });
+          continue;
+        }
+        for (size_t w = 0; w < Philox::kWords; ++w) {
+          const size_t from = std::max(bit + 64 * w, lead), to = std::min(bit + 64 * w + 64, lead + count);
+          if (from < to) write(begin + from - lead, to - from, kept.word[w] >> from % 64);
+        }
       }
     });
   }

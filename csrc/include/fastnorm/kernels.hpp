@@ -59,7 +59,7 @@ struct Kernels {
                       double* var);
   void (*row_backward)(const void* dy, const void* x, RowShape, const double* mean, const double* var, double eps,
                        const void* gamma, void* dx, double* dgamma, double* dbeta);
-  // Words of Philox-4x32-10 below `threshold`, at most 2^32, keep an element; `first` is the index of x[0].
+  // Random words below `threshold`, at most 2^32, keep an element; `first` is the index of x[0].
   void (*dropout)(const void* x, std::size_t n, std::uint64_t first, std::uint64_t seed, std::uint64_t threshold,
                   double scale, void* y);
 };

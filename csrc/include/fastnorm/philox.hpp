@@ -1,8 +1,9 @@
-// Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, 2011): random numbers as a function of a counter and a key.
+// Philox-4x32-7 (Salmon, Moraes, Dror and Shaw, 2011): random numbers as a function of a counter and a key.
 //
-//   scalar:  c = {counter low half, counter high half, 0, 0},  k = {seed low half, seed high half}
-//            ten times:  c = {hi(M1*c[2]) ^ c[1] ^ k[0], lo(M1*c[2]), hi(M0*c[0]) ^ c[3] ^ k[1], lo(M0*c[0])}
-//                        k = {k[0] + W0, k[1] + W1}
+//   scalar:  c = {counter low half, counter high half, stream, 0},  k = {seed low half, seed high half}
+//            seven times:  c = {hi(M1*c[2]) ^ c[1] ^ k[0], lo(M1*c[2]), hi(M0*c[0]) ^ c[3] ^ k[1], lo(M0*c[0])}
+//                          k = {k[0] + W0, k[1] + W1}
+//            number(j) = c[j / 2] >> 16*(j % 2) & 0xffff, j from 0 to 7: the words cut in halves, the lower one first
 //
 // A vector works on one counter in each 64-bit lane: the four words of a counter are then four vectors, whose upper
 // halves nobody looks at, and a product needs no shuffling before or after. So a round is two products, two shifts and
@@ -15,53 +16,75 @@
 
 namespace fastnorm::FASTNORM_LEVEL {
 
+using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 
 class Philox {
+  typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Numbers __attribute__((vector_size(kVectorBytes)));
+  static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u, kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
+  static constexpr int kRounds = 7;
+  static constexpr int kCounters = kVectorBytes / sizeof(uint64_t);
+  // Vectors that go through a round together, since a round waits for its products: as many as registers hold. With
+  // four of them AVX-512 takes 4.3 ns for 64 numbers, with six 3.6.
+#if FASTNORM_AVX512
+  static constexpr int kVectors = 6;
+#else
+  static constexpr int kVectors = 4;
+#endif
+
  public:
+  static constexpr int kNumbers = 8;  // of a counter
+  // Numbers that are drawn together, 64 for each of these; as bits they are one word.
+  static constexpr int kWords = kVectors * kCounters * kNumbers / 64;
+  struct Bits {
+    uint64_t word[kWords];
+  };
+
   explicit Philox(uint64_t seed) {
     auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
     for (auto& key : keys_) {
       key[0] = Wide{} + low;
       key[1] = Wide{} + high;
-      low += 0x9E3779B9u;
-      high += 0xBB67AE85u;
+      low += kW0;
+      high += kW1;
     }
   }
 
-  // How many times 64 words are drawn together. A round waits for its products, and the two vectors of 64 words leave
-  // AVX-512 idle meanwhile: with four, dropout of 256 K elements took one core 58 us instead of 73; six: 55. AVX2 has
-  // four vectors in 64 words, and no registers for more.
-#if FASTNORM_AVX512
-  static constexpr int kBlocks = 2;
-#else
-  static constexpr int kBlocks = 1;
-#endif
-
-  // Which of 64*kBlocks words are below the threshold, as bits: those of 16*kBlocks counters from this one on.
-  FASTNORM_INLINE void below(uint64_t counter, uint32_t threshold, uint64_t (&bits)[kBlocks]) const {
-    Bits32 found[kVectors][2];
-    words(counter, found);
-    constexpr int kWords = kVectorBytes / sizeof(uint32_t);
+  // Which numbers of stream 0 are below the limit and which equal it, from those of this counter on. Whether any is
+  // equal.
+  FASTNORM_INLINE bool compare(uint64_t counter, uint16_t limit, Bits& below, Bits& equal) const {
+    Numbers found[kVectors][2];
+    draw(counter, found);
+    constexpr int kEach = kCounters * kNumbers;  // bits of a vector of counters
+    below = equal = Bits{};
+    uint64_t any = 0;
 #pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-      uint64_t block = 0;
-#pragma GCC unroll 16
-      for (int i = 0; i < 64 / kWords; ++i) {
-        const int at = b * (64 / kWords) + i;
-        block |= lanes_below(found[at / 2][at % 2], threshold) << (i * kWords);
-      }
-      bits[b] = block;
+    for (int v = 0; v < kVectors; ++v) {
+      const auto& [w01, w23] = found[v];
+      below.word[v * kEach / 64] |= in_order(are_below(w01, limit), are_below(w23, limit)) << v * kEach % 64;
+      const uint64_t same = in_order(are(w01, limit), are(w23, limit));
+      equal.word[v * kEach / 64] |= same << v * kEach % 64;
+      any |= same;
     }
+    return any != 0;
+  }
+
+  // Number j of a counter.
+  uint16_t number(uint64_t counter, uint32_t stream, int j) const {
+    uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream, 0};
+    for (const auto& key : keys_) {
+      const uint64_t p0 = uint64_t{kM0} * c[0], p1 = uint64_t{kM1} * c[2];
+      c[0] = static_cast<uint32_t>(p1 >> 32 ^ key[0][0]) ^ c[1];
+      c[1] = static_cast<uint32_t>(p1);
+      c[2] = static_cast<uint32_t>(p0 >> 32 ^ key[1][0]) ^ c[3];
+      c[3] = static_cast<uint32_t>(p0);
+    }
+    return static_cast<uint16_t>(c[j / 2] >> j % 2 * 16);
   }
 
  private:
-  typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kCounters = kVectorBytes / sizeof(uint64_t);
-  static constexpr int kVectors = 16 * kBlocks / kCounters;
-  static constexpr int kRounds = 10;
-
   // The 64-bit products of the lanes' lower halves.
   static FASTNORM_INLINE Wide product(Wide a, Wide b) {
 #if FASTNORM_AVX512
@@ -75,40 +98,19 @@ class Philox {
 #endif
   }
 
-  static FASTNORM_INLINE uint64_t lanes_below(Bits32 words, uint32_t threshold) {
-#if FASTNORM_AVX512
-    return _mm512_cmplt_epu32_mask((__m512i)words, _mm512_set1_epi32(static_cast<int>(threshold)));
-#elif FASTNORM_AVX2
-    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(words < threshold)));
-#elif defined(__SSE2__)
-    return static_cast<uint32_t>(_mm_movemask_ps((__m128)(words < threshold)));
-#else
-    uint64_t bits = 0;
-    for (size_t i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint64_t>(words[i] < threshold) << i;
-    return bits;
-#endif
-  }
-
-  // The words of these counters, in order. All vectors go through a round before the next, since a round waits for its
-  // products: one vector after the other, dropout of 1 MB took 1.15 times as long with AVX2 and AVX-512, 1.5 with SSE2.
-  FASTNORM_INLINE void words(uint64_t counter, Bits32 (&found)[kVectors][2]) const {
-    // Even lanes take the first half of a vector's counters and odd ones the second, so that interleaving the lanes of
-    // two vectors puts words in order.
-    Wide numbers{}, evens{}, odds{};
-    for (int i = 0; i < kCounters; ++i) {
-      numbers[i] = static_cast<uint64_t>(i / 2 + i % 2 * (kCounters / 2));
-      evens[i] = static_cast<uint64_t>(i % 2 == 0 ? i : kCounters + i - 1);
-      odds[i] = static_cast<uint64_t>(i % 2 == 0 ? i + 1 : kCounters + i);
-    }
-    const Wide m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
+  // Words 0 and 1 of these counters, and words 2 and 3, a counter in each 64-bit lane.
+  FASTNORM_INLINE void draw(uint64_t counter, Numbers (&found)[kVectors][2]) const {
+    Wide lanes{};
+    for (int i = 0; i < kCounters; ++i) lanes[i] = static_cast<uint64_t>(i);
+    const Wide m0 = Wide{} + kM0, m1 = Wide{} + kM1;
     Wide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      c0[v] = numbers + (counter + static_cast<uint64_t>(v * kCounters));
+      c0[v] = lanes + (counter + static_cast<uint64_t>(v * kCounters));
       c1[v] = c0[v] >> 32;
       c2[v] = c3[v] = Wide{};
     }
-#pragma GCC unroll 10
+#pragma GCC unroll 8
     for (int round = 0; round < kRounds - 1; ++round) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -119,16 +121,47 @@ class Philox {
         c3[v] = p0;
       }
     }
-    // The last round leaves words 0 and 1 in one lane, and words 2 and 3: the halves of the products change places.
+    // The last round leaves two words in a lane: the halves of the products change places.
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Wide p0 = product(c0[v], m0), p1 = product(c2[v], m1);
-      const Wide w01 = (p1 >> 32 | p1 << 32) ^ (c1[v] & 0xffffffffu) ^ keys_[kRounds - 1][0];
-      const Wide w23 = (p0 >> 32 | p0 << 32) ^ (c3[v] & 0xffffffffu) ^ keys_[kRounds - 1][1];
-      found[v][0] = (Bits32)__builtin_shuffle(w01, w23, evens);
-      found[v][1] = (Bits32)__builtin_shuffle(w01, w23, odds);
+      found[v][0] = (Numbers)((p1 >> 32 | p1 << 32) ^ (c1[v] & 0xffffffffu) ^ keys_[kRounds - 1][0]);
+      found[v][1] = (Numbers)((p0 >> 32 | p0 << 32) ^ (c3[v] & 0xffffffffu) ^ keys_[kRounds - 1][1]);
     }
   }
+
+  // Comparisons, and the bits of those of words 0 and 1 with those of words 2 and 3: four of a counter, then four of
+  // the other vector.
+#if FASTNORM_AVX512
+  static FASTNORM_INLINE uint64_t are_below(Numbers v, uint16_t limit) {
+    return _mm512_cmplt_epu16_mask((__m512i)v, _mm512_set1_epi16(static_cast<short>(limit)));
+  }
+  static FASTNORM_INLINE uint64_t are(Numbers v, uint16_t limit) {
+    return _mm512_cmpeq_epu16_mask((__m512i)v, _mm512_set1_epi16(static_cast<short>(limit)));
+  }
+  static FASTNORM_INLINE uint64_t in_order(uint64_t first, uint64_t second) {
+    return _pdep_u64(first, 0x0f0f0f0f0f0f0f0f) | _pdep_u64(second, 0xf0f0f0f0f0f0f0f0);
+  }
+#else
+  static FASTNORM_INLINE Numbers are_below(Numbers v, uint16_t limit) { return (Numbers)(v < limit); }
+  static FASTNORM_INLINE Numbers are(Numbers v, uint16_t limit) { return (Numbers)(v == limit); }
+  static FASTNORM_INLINE uint64_t in_order(Numbers first, Numbers second) {
+#if FASTNORM_AVX2  // a byte of a number: in 16 bytes two counters of `first`, then two of `second`, four bytes each
+    const __m256i bytes = _mm256_packs_epi16((__m256i)first, (__m256i)second);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_shuffle_epi32(bytes, _MM_SHUFFLE(3, 1, 2, 0))));
+#elif defined(__SSE2__)
+    const __m128i bytes = _mm_packs_epi16((__m128i)first, (__m128i)second);
+    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_shuffle_epi32(bytes, _MM_SHUFFLE(3, 1, 2, 0))));
+#else
+    uint64_t bits = 0;
+    for (int i = 0; i < 4 * kCounters; ++i) {
+      const int at = i / 4 * kNumbers + i % 4;
+      bits |= uint64_t{first[i] & 1u} << at | uint64_t{second[i] & 1u} << (at + 4);
+    }
+    return bits;
+#endif
+  }
+#endif
 
   Wide keys_[kRounds][2];
 };

@@ -1,11 +1,13 @@
-"""Dropout: y[i] = x[i]*scale where word first + i of Philox-4x32-10 is below the threshold, else 0.
+"""Dropout: y[i] = x[i]*scale where the random word of element first + i is below the threshold, else 0.
 
-    counter = {index // 4 low half, high half, 0, 0}, key = {seed low half, high half}; word index % 4 of the result
-    ten times:  c = {hi(M1*c[2]) ^ c[1] ^ k[0], lo(M1*c[2]), hi(M0*c[0]) ^ c[3] ^ k[1], lo(M0*c[0])}
-                k = {k[0] + W0, k[1] + W1}
+    word = number(stream 0) << 16 | number(stream 1), number index % 8 of a counter: the words cut in halves
+    counter = {index // 8 low half, high half, stream, 0}, key = {seed low half, seed high half}
+    seven times:  c = {hi(M1*c[2]) ^ c[1] ^ k[0], lo(M1*c[2]), hi(M0*c[0]) ^ c[3] ^ k[1], lo(M0*c[0])}
+                  k = {k[0] + W0, k[1] + W1}
 
-Words are drawn for 64 elements at a time, whose fates are then the bits of one number: drawing is work for the
-processor and writing is work for the memory, and small steps let the two overlap.
+Numbers are drawn for 64 elements at a time, whose fates are then the bits of one word: drawing is work for the
+processor and writing is work for the memory, and small steps let the two overlap. Stream 1 is looked at only for the
+element in 65,536 whose number of stream 0 is that of the threshold.
 """
 
 # mypy: ignore-errors
@@ -15,11 +17,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastnorm.backends import numba_formulas as formulas
 from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._scalars import least
@@ -39,18 +43,17 @@ from fastnorm.backends.numba_cpu._vectors import (
 PIECE = 1 << 14
 """Elements of a task."""
 DRAWN = 64
-"""Elements whose words are drawn together."""
+"""Elements whose numbers are drawn together."""
 
-I32, WORD = ir.IntType(32), ir.IntType(64)
-ROUNDS = 10
-M0, M1 = 0xD2511F53, 0xCD9E8D57
-W0, W1 = 0x9E3779B9, 0xBB67AE85
-COUNTERS = ir.VectorType(WORD, DRAWN // 4)
+I16, I32, WORD = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+NUMBERS = 8
+"""Of a counter."""
+COUNTERS = ir.VectorType(WORD, DRAWN // NUMBERS)
 """A counter in each 64-bit lane: a word is the lower half, so that a product of words needs no shuffling."""
 
 
-def _all(value: int) -> ir.Constant:
-    return ir.Constant(COUNTERS, [value] * COUNTERS.count)
+def _all(value: Any) -> ir.Constant:
+    return ir.Constant(COUNTERS, [int(value)] * COUNTERS.count)
 
 
 def _spread(builder: Any, value: Any) -> Any:
@@ -59,32 +62,36 @@ def _spread(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _drawn(typing: Any, group: Any, seed: Any, threshold: Any) -> Any:
-    """Which words of elements group*DRAWN + (0, 1, ...) are below a threshold of 32 bits, as bits."""
+def _drawn(typing: Any, group: Any, seed: Any, limit: Any) -> Any:
+    """Which numbers of elements group*DRAWN + (0, 1, ...) are below a limit of 16 bits, and which equal it, as bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        group, seed, threshold = arguments
+        group, seed, limit = arguments
         low, half = _all(0xFFFFFFFF), _all(32)
         first = builder.mul(group, WORD(COUNTERS.count))
         c0 = builder.add(_spread(builder, first), ir.Constant(COUNTERS, list(range(COUNTERS.count))))
         c1, c2, c3 = builder.lshr(c0, half), _all(0), _all(0)
         k0, k1 = builder.trunc(seed, I32), builder.trunc(builder.lshr(seed, WORD(32)), I32)
-        for _ in range(ROUNDS):
-            even, odd = builder.mul(builder.and_(c0, low), _all(M0)), builder.mul(builder.and_(c2, low), _all(M1))
+        for _ in range(formulas.PHILOX_ROUNDS):
+            even, odd = (
+                builder.mul(builder.and_(c0, low), _all(formulas.M0)),
+                builder.mul(builder.and_(c2, low), _all(formulas.M1)),
+            )
             c0 = builder.xor(builder.xor(builder.lshr(odd, half), c1), _spread(builder, builder.zext(k0, WORD)))
             c2 = builder.xor(builder.xor(builder.lshr(even, half), c3), _spread(builder, builder.zext(k1, WORD)))
             c1, c3 = builder.and_(odd, low), builder.and_(even, low)
-            k0, k1 = builder.add(k0, I32(W0)), builder.add(k1, I32(W1))
-        # Two words in a lane, then the lanes of both in turns: the words in order.
+            k0, k1 = builder.add(k0, I32(int(formulas.W0))), builder.add(k1, I32(int(formulas.W1)))
+        # Two words in a lane, then the lanes of both in turns: the words in order, and so their halves.
         pairs = builder.or_(c0, builder.shl(c1, half)), builder.or_(c2, builder.shl(c3, half))
         turns = [lane for counter in range(COUNTERS.count) for lane in (counter, COUNTERS.count + counter)]
         in_order = builder.shuffle_vector(*pairs, ir.Constant(ir.VectorType(I32, len(turns)), turns))
-        words = builder.bitcast(in_order, ir.VectorType(I32, DRAWN))
-        limit = builder.insert_element(ir.Constant(words.type, ir.Undefined), builder.trunc(threshold, I32), I32(0))
-        limit = builder.shuffle_vector(limit, limit, ir.Constant(words.type, None))
-        return builder.bitcast(builder.icmp_unsigned("<", words, limit), WORD)
+        numbers = builder.bitcast(in_order, ir.VectorType(I16, DRAWN))
+        same = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), builder.trunc(limit, I16), I32(0))
+        same = builder.shuffle_vector(same, same, ir.Constant(ir.VectorType(I32, DRAWN), None))
+        bits = [builder.bitcast(builder.icmp_unsigned(how, numbers, same), WORD) for how in ("<", "==")]
+        return context.make_tuple(builder, signature.return_type, bits)
 
-    return types.int64(types.int64, types.int64, types.int64), generate
+    return types.UniTuple(types.int64, 2)(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -114,10 +121,29 @@ def _kept(typing: Any, bits: Any, first: Any, vector: Any) -> Any:
     return vector(types.int64, types.int64, vector), generate
 
 
+philox = compiled(formulas.philox)
+numbers_below = compiled(formulas.numbers_below)
+
+
+@compiled
+def _settled(group, seed, threshold, kept, ties):
+    """`kept` and those of the ties that are below the threshold by their numbers of stream 1."""
+    for at in range(0, DRAWN, NUMBERS):
+        if ties >> at & 0xFF != 0:
+            counter = np.uint64(group * (DRAWN // NUMBERS) + at // NUMBERS)
+            below = numbers_below(philox(counter, 1, seed), np.uint64(threshold & 0xFFFF))
+            kept |= ties & below << at
+    return kept
+
+
 @compiled
 def _fates(index, seed, threshold):
     """Which elements of the index's group are kept, as bits."""
-    return _drawn(index // DRAWN, seed, threshold) if threshold >> 32 == 0 else -1
+    if threshold >> 32 != 0:
+        return -1
+    group = index // DRAWN
+    kept, ties = _drawn(group, seed, threshold >> 16)
+    return kept if ties == 0 else _settled(group, seed, threshold, kept, ties)
 
 
 @compiled

@@ -388,10 +388,10 @@ def _long_row_backward(
 
 
 def dropout(x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:
-    width = 4 if first % 4 == 0 and not (x.pointer | y.pointer) % min(16, 4 * x.itemsize) else 1
+    width = 4 if first % _dropout.NUMBERS == 0 and not (x.pointer | y.pointer) % min(16, 4 * x.itemsize) else 1
     if x.itemsize == 8:
         width = min(width, 2)
-    groups = (first + n - 1) // 4 - first // 4 + 1
+    groups = (first + n - 1) // _dropout.NUMBERS - first // _dropout.NUMBERS + 1
     seed = seed if seed < 1 << 63 else seed - (1 << 64)  # its bits as an int64
     _dropout.dropout(x.dtype.name, width).launch(
         x, -(-groups // _plan.BLOCK), _plan.BLOCK, x.pointer, y.pointer, n, first, seed, threshold, float(scale)
