@@ -80,6 +80,14 @@ def test_groups_go_sample_by_sample():
     assert fastnorm.plan("rmsnorm", (4096, 768)).slab == fastnorm.plan("layernorm", (4096, 768)).slab
 
 
+@pytest.mark.skipif(4 * L2 > L3, reason="two samples beyond a core's L2 do not fit half of L3")
+@pytest.mark.parametrize(("samples", "threads", "shared"), [(2, 2, False), (4, 2, False), (3, 2, True), (1, 2, True)])
+def test_samples_are_shared_only_where_threads_would_wait(samples, threads, shared):
+    positions = L2 // (256 * 4)
+    plan = fastnorm.plan("groupnorm", (samples, positions, 256), groups=32, axis=-1, threads=threads)
+    assert (plan.shared, plan.slab) == (shared, 256)
+
+
 def test_small_results_stay_in_cache():
     assert not fastnorm.plan("layernorm", (64, 64)).streams
     assert fastnorm.plan("layernorm", (L3 // 4096, 4096)).streams
