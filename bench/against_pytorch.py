@@ -103,23 +103,24 @@ def _dropout(dtype: str) -> Iterator[Contest]:
 
 
 def _statistics(op: str, dtype: str) -> Iterator[Contest]:
-    """Over rows, columns, everything, and the channels of images of both layouts."""
+    """Over rows, columns, everything, the channels of images of both layouts, and axes that lie apart in memory."""
     if dtype == "bfloat16":  # PyTorch's tensors do not share it with NumPy's arrays without a detour
         return
-    kinds: list[tuple[str, tuple[Shape, ...], tuple[int, ...]]] = [("columns", ROWS, (0,))]
+    kinds: list[tuple[str, str, tuple[Shape, ...], tuple[int, ...]]] = [("columns", "ND", ROWS, (0,))]
     if op != "normalize":
-        kinds += [("rows", ROWS, (1,)), ("all", ROWS, (0, 1))]
-    kinds += [("NCHW", IMAGES, (0, 2, 3)), ("NHWC", IMAGES, (0, 2, 3))]
-    for kind, shapes, axes in kinds:
+        kinds += [("rows", "ND", ROWS, (1,)), ("all", "ND", ROWS, (0, 1))]
+    kinds += [("NCHW", "NCHW", IMAGES, (0, 2, 3)), ("NHWC", "NHWC", IMAGES, (0, 2, 3))]
+    if op == "moments":
+        kinds += [("instances", "NHWC", IMAGES, (2, 3)), ("columns of images", "NCHW", IMAGES, (0, 2))]
+    for kind, layout, shapes, axes in kinds:
         for shape in shapes:
             if np.prod(shape) * dtype_of(dtype).itemsize > LARGEST or shape[0] == 1:
                 continue
 
-            def bind(kind: str = kind, shape: Shape = shape, axes: tuple[int, ...] = axes) -> tuple[Call, Call]:
+            def bind(layout: str = layout, shape: Shape = shape, axes: tuple[int, ...] = axes) -> tuple[Call, Call]:
                 torch: Any = importlib.import_module("torch")
                 torch.set_num_threads(fastnorm.get_num_threads())
-                layout = OPS["batchnorm"].layout(kind if kind.startswith("N") else "ND")
-                x = Case(OPS["batchnorm"], layout, shape, dtype).inputs().x
+                x = Case(OPS["batchnorm"], OPS["batchnorm"].layout(layout), shape, dtype).inputs().x
                 tensor = torch.from_numpy(x)
                 if op == "moments":
                     return (

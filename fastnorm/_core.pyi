@@ -34,6 +34,9 @@ def channel_backward(
     mean: _Array, var: _Array, eps: float, gamma: _Array | None,
     dx: _Array, sum_dy: _Array, sum_dy_xhat: _Array, /,
 ) -> None: ...  # fmt: skip
+def group_moments(
+    x: _Array, samples: int, outer: int, channels: int, inner: int, groups: int, mean: _Array, var: _Array, /
+) -> None: ...
 def group_forward(
     x: _Array, samples: int, outer: int, channels: int, inner: int, groups: int,
     gamma: _Array | None, beta: _Array | None, eps: float, y: _Array, mean: _Array, var: _Array, /,
@@ -70,7 +73,9 @@ def plain_channels(x: object, gamma: object, beta: object, axis: int, /) -> tupl
 def plain_channels_backward(
     dout: object, x: object, gamma: object, beta: object, axis: int, /
 ) -> tuple[int, int, int] | None: ...
-def plain_reduction(x: object, axis: object, keepdims: bool, /) -> tuple[int, int, int, tuple[int, ...]] | None: ...
+def plain_reduction(
+    x: object, axis: object, keepdims: bool, /
+) -> tuple[int, int, int, int, tuple[int, ...]] | None: ...
 def plain_normalization(
     x: object, mean: object, var: object, gamma: object, beta: object, /
 ) -> tuple[int, int, int] | None: ...

@@ -20,6 +20,7 @@ OUTPUTS = frozenset({"y", "dx", "dgamma", "dbeta"})
 STATISTICS = {
     "channel_moments": ("mean", "var"),
     "channel_forward": ("mean", "var"),
+    "group_moments": ("mean", "var"),
     "group_forward": ("mean", "var"),
     "row_forward": ("mean", "var"),
     "channel_backward_reduce": ("sum_dy", "sum_dy_xhat"),

@@ -241,6 +241,47 @@ def to_index(flat: Array | None, order: Axes | None, lengths: tuple[int, ...]) -
     return indexed.reshape(-1)
 
 
+FEWEST = 16
+"""Values of a part at least: its float64 mean and var are then a quarter of the size of float32 values."""
+
+
+class PartsView(NamedTuple):
+    """How a dense array looks whose kept axes are apart in memory: as samples, statistics in each of them."""
+
+    sizes: Any
+    """(samples, outer, channels, inner)"""
+    lengths: tuple[int, ...]
+    """Of the axes of the samples and of the channels, in the order of memory."""
+    merged: Axes
+    """Positions among these of axes that are reduced: samples whose statistics are to be merged."""
+    stats: Axes | None
+    """As in `View`."""
+
+
+@lru_cache(maxsize=1024)
+def parts_view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, kept: Axes) -> PartsView | None:
+    """What `moments` computes without packing; None where that would be many parts of a few values each."""
+    order = _memory_order(shape, strides, itemsize)
+    if order is None:
+        return None
+    at, starts = len(order), []
+    for is_kept in (False, True, False):  # inner, channels, outer; before these are the samples
+        while at and (order[at - 1] in kept) == is_kept:
+            at -= 1
+        starts.append(at)
+    inner, channels, outer = order[starts[0] :], order[starts[1] : starts[0]], order[starts[2] : starts[1]]
+    sizes = tuple(_product(shape, part) for part in (order[:at], outer, channels, inner))
+    if sizes[1] * sizes[3] < FEWEST:
+        return None
+    axes = (*order[:at], *channels)
+    return PartsView(
+        sizes,
+        tuple(shape[axis] for axis in axes),
+        tuple(position for position, axis in enumerate(axes) if axis not in kept),
+        _permutation(tuple(axis for axis in axes if axis in kept), kept, shape),
+    )
+
+
 def weights(given: Array, shape: tuple[int, ...], view: View, kept: Axes, dtype: np.dtype[Any]) -> tuple[Array, bool]:
     """Weights of an array of this shape and channel view as 1-D in the order of its memory, and whether there is one
     an element; else they do not differ along the kept axes, and there is one for each position along the others.
@@ -503,14 +544,15 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
 # (x.shape[axis],); for a backward also dout as x, of its dtype and shape; the caller's out likewise, writable, and
 # sharing no byte with the inputs. Nothing then needs converting or packing. `plain_channels` also takes channels that
 # lie last in memory, and gives the sizes of the channel view. `plain_reduction` takes any dense x and the axes of
-# `moments`, where what is kept lies side by side and in the order of the axes, and gives the sizes and the shape of the
-# statistics; `plain_normalization` takes float64 statistics of one axis. Everything else, errors included, is worked
-# out by the functions above, as is everything where the extension is missing.
+# `moments`, where what is kept lies in the order of the axes, side by side and perhaps outermost, too, and gives the
+# sizes of a group view, a group for each channel, and the shape of the statistics; `plain_normalization` takes float64
+# statistics of one axis. Everything else, errors included, is worked out by the functions above, as is everything where
+# the extension is missing.
 plain: Callable[[Any, Any, Any, int], bool]
 plain_backward: Callable[[Any, Any, Any, Any, int], bool]
 plain_channels: Callable[[Any, Any, Any, int], tuple[int, int, int] | None]
 plain_channels_backward: Callable[[Any, Any, Any, Any, int], tuple[int, int, int] | None]
-plain_reduction: Callable[[Any, Any, bool], tuple[int, int, int, tuple[int, ...]] | None]
+plain_reduction: Callable[[Any, Any, bool], tuple[int, int, int, int, tuple[int, ...]] | None]
 plain_normalization: Callable[[Any, Any, Any, Any, Any], tuple[int, int, int] | None]
 plain_out: Callable[..., bool]
 try:
@@ -537,7 +579,7 @@ except ImportError:
     def plain_channels_backward(dout: Any, x: Any, gamma: Any, beta: Any, axis: int, /) -> tuple[int, int, int] | None:
         return None
 
-    def plain_reduction(x: Any, axis: Any, keepdims: bool, /) -> tuple[int, int, int, tuple[int, ...]] | None:
+    def plain_reduction(x: Any, axis: Any, keepdims: bool, /) -> tuple[int, int, int, int, tuple[int, ...]] | None:
         return None
 
     def plain_normalization(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, /) -> tuple[int, int, int] | None:

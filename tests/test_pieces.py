@@ -25,6 +25,46 @@ def test_moments_over_any_axes(axis, arrangement, backend):
         check_moments(found, x, axes)
 
 
+APART = [1, 2, (1, 2), (0, 2), (1, 3), (0, 3), (1,), (0, 2, 3)]
+
+
+@arrangements
+@pytest.mark.parametrize("axis", APART, ids=str)
+@pytest.mark.parametrize("far", [0.0, 1e6])
+def test_moments_where_what_is_kept_lies_apart(axis, far, arrangement, backend, rng):
+    """Statistics of samples, some of them merged; in other arrangements, of axes in any order."""
+    x = far + np.arange(3.0)[:, None, None, None] + rng.standard_normal((3, 20, 18, 24))
+    x = ARRANGEMENTS[arrangement](x.astype(np.float32))
+    check_moments(fastnorm.moments(x, axis, backend=backend), x, tuple(np.atleast_1d(axis)))
+
+
+@pytest.mark.parametrize("axis", APART, ids=str)
+def test_constants_and_nan_where_what_is_kept_lies_apart(axis, backend, rng):
+    shape, axes = (3, 20, 18, 24), np.atleast_1d(axis)
+    constants = (rng.standard_normal([1 if each in axes else n for each, n in enumerate(shape)]) * 1e3).astype(
+        np.float32
+    )
+    x = np.broadcast_to(constants, shape).copy()
+    found = fastnorm.moments(x, axis, keepdims=True, backend=backend)
+    np.testing.assert_array_equal(found.mean, constants)
+    np.testing.assert_array_equal(found.var, np.zeros_like(constants))
+    x[1, 3, 5, 7] = np.nan
+    found = fastnorm.moments(x, axis, keepdims=True, backend=backend)
+    assert np.isnan(found.mean).sum() == np.isnan(found.var).sum() == 1
+    assert np.isnan(found.mean[tuple(0 if each in axes else at for each, at in enumerate((1, 3, 5, 7)))])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((33, 70, 131), 1), ((7, 33, 45, 47), (0, 2)), ((7, 33, 45, 47), (1, 3))], ids=str
+)
+def test_moments_apart_have_equal_bits_for_any_number_of_threads(shape, axis, backend, rng):
+    x, found = rng.standard_normal(shape).astype(np.float32), set()
+    for threads in (1, 2, 3, 7):
+        fastnorm.set_num_threads(threads)
+        found.add(b"".join(values.tobytes() for values in fastnorm.moments(x, axis, backend=backend)[1:]))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moments_are_those_of_the_forward(dtype, backend):
     _, inputs, _ = standard("batchnorm", (37, 11), dtype=dtype)

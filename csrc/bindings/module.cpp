@@ -125,6 +125,14 @@ void register_channel(py::module_& m) {
 }
 
 void register_group(py::module_& m) {
+  m.def("group_moments", [](Array x, size_t samples, size_t outer, size_t channels, size_t inner, size_t groups,
+                            py::array mean, py::array var) {
+    const Kernels& k = kernels_of(x);
+    const void* from = x.data();
+    double *to_mean = reals_out(mean), *to_var = reals_out(var);
+    const py::gil_scoped_release release;
+    k.group_moments(from, GroupShape{samples, outer, channels, inner, groups}, to_mean, to_var);
+  });
   m.def("group_forward", [](Array x, size_t samples, size_t outer, size_t channels, size_t inner, size_t groups,
                             Optional gamma, Optional beta, double eps, py::array y, py::array mean, py::array var) {
     const Kernels& k = kernels_of(x);

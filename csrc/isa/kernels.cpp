@@ -40,6 +40,7 @@ const Kernels FASTNORM_DTYPE = {
        const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat) {
       Channel<T>::backward(in(dy), in(x), s, mean, var, eps, gamma, to(dx), sum_dy, sum_dy_xhat);
     },
+    [](const void* x, GroupShape s, double* mean, double* var) { Group<T>::moments(in(x), s, mean, var); },
     [](const void* x, GroupShape s, const void* gamma, const void* beta, double eps, void* y, double* mean,
        double* var) { Group<T>::forward(in(x), s, gamma, beta, eps, to(y), mean, var); },
     [](const void* dy, const void* x, GroupShape s, const double* mean, const double* var, double eps,

@@ -99,11 +99,16 @@ class KernelTable(Protocol):
     ) -> None:  # fmt: skip
         """channel_backward_reduce, then channel_backward_apply with count n, fused."""
 
+    def group_moments(
+        self, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int, mean: Array, var: Array
+    ) -> None:
+        """mean and var of each group of each sample, as `group_forward` has them."""
+
     def group_forward(
         self, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
         gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
     ) -> None:  # fmt: skip
-        """mean, var of each group of each sample; y = (x - mean)*rstd*gamma + beta, gamma and beta by channel."""
+        """group_moments into mean and var; y = (x - mean)*rstd*gamma + beta, gamma and beta by channel."""
 
     def group_backward(
         self, dy: Array, x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,

@@ -20,6 +20,7 @@ channel_forward = _core.channel_forward
 channel_backward_reduce = _core.channel_backward_reduce
 channel_backward_apply = _core.channel_backward_apply
 channel_backward = _core.channel_backward
+group_moments = _core.group_moments
 group_forward = _core.group_forward
 group_backward = _core.group_backward
 row_forward = _core.row_forward

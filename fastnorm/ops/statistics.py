@@ -124,9 +124,12 @@ def moments(
         return _weighted(x, axis, weights, keepdims, kernels(backend))
     table = kernels(backend)
     if (plain := _layout.plain_reduction(x, axis, keepdims)) is not None:
-        outer, channels, inner, shape = plain
-        mean, var = np.empty(channels), np.empty(channels)
-        table.channel_moments(x, outer, channels, inner, mean, var)
+        samples, outer, channels, inner, shape = plain
+        mean, var = np.empty(samples * channels), np.empty(samples * channels)
+        if samples == 1:
+            table.channel_moments(x, outer, channels, inner, mean, var)
+        else:
+            table.group_moments(x, samples, outer, channels, inner, channels, mean, var)
         if len(shape) != 1:
             mean, var = mean.reshape(shape), var.reshape(shape)
         return Moments(outer * inner, mean, var)
@@ -135,7 +138,10 @@ def moments(
     dtype = _layout.storage_dtype("x", x)
     kept, lengths, among, count = _reduction(axis, x.shape)
     statistics = math.prod(lengths)
-    if x.size:
+    parts = _parts_view(x, dtype, kept)
+    if parts is not None:
+        mean, var = (_layout.to_index(values, parts.stats, lengths) for values in _of_parts(x, parts, table))
+    elif x.size:
         view, (source,) = _layout.readable((x,), dtype, _layout.channel_view, kept)
         mean, var = _arrays.pair(statistics, x)
         outer, channels, inner = view.sizes
@@ -146,6 +152,30 @@ def moments(
         mean, var = (_arrays.zeros(statistics, x) for _ in range(2))
     shape = among if keepdims else lengths
     return Moments(count, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
+
+
+def _parts_view(x: Array, dtype: np.dtype[Any], kept: Axes) -> _layout.PartsView | None:
+    """The view of an array in host memory that would otherwise be packed, if there is one."""
+    if type(x) is not np.ndarray or not x.size or x.dtype != dtype or not x.flags.aligned:
+        return None
+    memory = x.shape, x.strides, x.itemsize, kept
+    return None if _layout.channel_view(*memory) is not None else _layout.parts_view(*memory)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def _of_parts(x: Array, parts: _layout.PartsView, table: KernelTable) -> tuple[Array, Array]:
+    """mean and var, flat in the order of memory: those of samples, merged where their axes are reduced. Samples have
+    equally many values: the mean is that of their means, exact for equal ones.
+    """
+    samples, outer, channels, inner = parts.sizes
+    mean, var = (np.empty(samples * channels) for _ in range(2))
+    table.group_moments(x, samples, outer, channels, inner, channels, mean, var)
+    if parts.merged:
+        means, variances = mean.reshape(parts.lengths), var.reshape(parts.lengths)
+        first = means[tuple(slice(1) if axis in parts.merged else slice(None) for axis in range(means.ndim))]
+        whole = first + (means - first).mean(axis=parts.merged, keepdims=True)
+        mean, var = whole.reshape(-1), (variances + (means - whole) ** 2).mean(axis=parts.merged).reshape(-1)
+    return mean, var
 
 
 SAFE = (2.0**-20, 2.0**60)

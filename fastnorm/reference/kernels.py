@@ -173,22 +173,28 @@ def _samples(samples: int, *arrays: Array) -> Iterator[tuple[int, list[Array]]]:
         yield n, [part[n] for part in parts]
 
 
+def group_moments(
+    x: Array, samples: int, outer: int, channels: int, inner: int, groups: int, mean: Array, var: Array
+) -> None:
+    centre, spread = np.empty(channels), np.empty(channels)
+    means, variances = (a.reshape(samples, groups) for a in (mean, var))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for n, (source,) in _samples(samples, x):
+            channel_moments(source, outer, channels, inner, centre, spread)
+            by_group = centre.reshape(groups, -1)
+            means[n] = by_group[:, 0] + (by_group - by_group[:, :1]).mean(axis=1)  # exact for equal ones
+            between = by_group - means[n, :, None]
+            variances[n] = (spread.reshape(groups, -1) + between * between).mean(axis=1)
+
+
 def group_forward(
     x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
-    width = channels // groups
-    centre, spread = np.empty(channels), np.empty(channels)
-    means, variances = (a.reshape(samples, groups) for a in (mean, var))
-    with np.errstate(invalid="ignore", over="ignore"):
-        for n, (source, target) in _samples(samples, x, y):
-            channel_moments(source, outer, channels, inner, centre, spread)
-            by_group = centre.reshape(groups, width)
-            means[n] = by_group[:, 0] + (by_group - by_group[:, :1]).mean(axis=1)  # exact for equal ones
-            between = by_group - means[n, :, None]
-            variances[n] = (spread.reshape(groups, width) + between * between).mean(axis=1)
-            centre, spread = np.repeat(means[n], width), np.repeat(variances[n], width)
-            channel_apply(source, outer, channels, inner, centre, spread, eps, gamma, beta, target)
+    group_moments(x, samples, outer, channels, inner, groups, mean, var)
+    centre, spread = (np.repeat(a.reshape(samples, groups), channels // groups, axis=1) for a in (mean, var))
+    for n, (source, target) in _samples(samples, x, y):
+        channel_apply(source, outer, channels, inner, centre[n], spread[n], eps, gamma, beta, target)
 
 
 def group_backward(

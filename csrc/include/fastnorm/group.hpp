@@ -39,6 +39,11 @@ struct Group {
     });
   }
 
+  static void moments(const T* x, const GroupShape& shape, double* mean, double* var) {
+    call(shape, 1, nullptr, x, mean, var, 0, nullptr, nullptr, nullptr, nullptr, nullptr,
+         [](const auto& c, const auto& s, auto loop, A* w) { c.moments(s, loop, w); });
+  }
+
   static void forward(const T* x, const GroupShape& shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, y,

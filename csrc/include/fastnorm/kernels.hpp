@@ -50,6 +50,7 @@ struct Kernels {
                                  double count, void* dx);
   void (*channel_backward)(const void* dy, const void* x, ChannelShape, const double* mean, const double* var,
                            double eps, const void* gamma, void* dx, double* sum_dy, double* sum_dy_xhat);
+  void (*group_moments)(const void* x, GroupShape, double* mean, double* var);
   void (*group_forward)(const void* x, GroupShape, const void* gamma, const void* beta, double eps, void* y,
                         double* mean, double* var);
   void (*group_backward)(const void* dy, const void* x, GroupShape, const double* mean, const double* var, double eps,

@@ -32,6 +32,7 @@ __all__ = [
     "dropout",
     "group_backward",
     "group_forward",
+    "group_moments",
     "row_backward",
     "row_forward",
     "set_num_threads",
@@ -251,6 +252,30 @@ def _some_samples(samples: int, sizes: _plan.Sizes, *arrays: Array) -> Iterator[
         yield [array.reshape(samples, -1)[first : first + some].reshape(-1) for array in arrays]
 
 
+def group_moments(
+    x: Array, samples: int, outer: int, channels: int, inner: int, groups: int, mean: Array, var: Array
+) -> None:
+    sizes = outer, channels, inner
+    for arrays in _some_samples(samples, sizes, _storage(x), mean, var):
+        _samples_moments(sizes, groups, *arrays)
+
+
+def _samples_moments(sizes: _plan.Sizes, groups: int, x: Array, mean: Array, var: Array) -> None:
+    outer, channels, inner = sizes
+    span = channels // groups
+    if _by_columns(outer, inner):
+        _columns_forward(SUMS | FINISH, x, sizes, mean, var, 0.0, None, None, x, span)
+        return
+    # The channels of a group lie in one run, or in one for each of a few rows.
+    runs = (1, outer * mean.size, span * inner)
+    if outer == 1:
+        _runs_forward(SUMS | FINISH, x, runs, mean, var, 0.0, x)
+        return
+    means, variances = of_runs = np.empty((2, runs[1]))
+    _runs_forward(SUMS | FINISH, x, runs, means, variances, 0.0, x)
+    mean[:], var[:] = (values.ravel() for values in _merged(*of_runs.reshape(2, -1, outer, groups)))
+
+
 def group_forward(
     x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
@@ -269,16 +294,13 @@ def _samples_forward(
     if _by_columns(outer, inner):
         _columns_forward(ALL, x, sizes, mean, var, eps, gamma, beta, y, span)
         return
-    # The channels of a group lie in one run, or in one for each of a few rows.
     runs = (1, outer * mean.size, span * inner)
     if outer == 1:
         _runs_forward(ALL, x, runs, mean, var, eps, y, (gamma, beta), span=span)
         return
+    _samples_moments(sizes, groups, x, mean, var)
     means, variances = of_runs = np.empty((2, runs[1]))
-    _runs_forward(SUMS | FINISH, x, runs, means, variances, 0.0, x)
-    by_row = of_runs.reshape(2, -1, outer, groups)
-    mean[:], var[:] = (values.ravel() for values in _merged(*by_row))
-    by_row[:] = np.reshape((mean, var), (2, -1, 1, groups))
+    of_runs.reshape(2, -1, outer, groups)[:] = np.reshape((mean, var), (2, -1, 1, groups))
     _runs_forward(COEFFICIENTS | WRITE, x, runs, means, variances, eps, y, (gamma, beta), span=span)
 
 

@@ -213,16 +213,46 @@ def channel_backward(
 # ---- groups -----------------------------------------------------------------------------------------
 
 
+def group_moments(
+    x: Array, samples: int, outer: int, channels: int, inner: int, groups: int, mean: Array, var: Array
+) -> None:
+    _of_groups(x, samples, (outer, channels, inner), groups, mean, var, x)
+
+
+def _of_groups(x: Array, samples: int, sizes: Sizes, groups: int, mean: Array, var: Array, y: Array) -> None:
+    """A group whose channels are one run is a row to the sums; with gaps, each sample's columns are summed first. y
+    is where the width of accesses counts, too."""
+    outer, channels, inner = sizes
+    storage, share = x.dtype.name, channels // groups
+    if outer == 1:
+        _forward(SUMS, x, (1, samples * groups, share * inner), mean, var, 0.0, None, None, x, by_column=True)
+        return
+    total, width = channels * inner, _width(x, channels * inner, y)
+    columns = _plan.columns(outer, total, width)
+    chunks, step = columns.chunks * inner, outer * total * x.itemsize
+    parts, means, squares = _pair(x, samples * channels * chunks)
+    blocks, of_sample = columns.tiles * columns.chunks, 8 * channels * chunks
+    for n in range(samples):
+        _columns.moments(storage, width).launch(
+            x, blocks, columns.threads, x.pointer + n * step, means + n * of_sample, squares + n * of_sample, outer,
+            total, inner, columns.across, columns.down, columns.rows, columns.tiles, columns.chunks, 0, total,
+        )  # fmt: skip
+    _runs.finish_moments(True).launch(
+        x, -(-samples * groups // _runs.FINISHED), FINISH_THREADS, means, squares, mean.pointer, var.pointer, outer,
+        inner, columns.rows, 1, inner, chunks, 0, samples * groups, share,
+    )  # fmt: skip
+    del parts
+
+
 def group_forward(
     x: Array, samples: int, outer: int, channels: int, inner: int, groups: int,
     gamma: Array | None, beta: Array | None, eps: float, y: Array, mean: Array, var: Array,
 ) -> None:  # fmt: skip
-    """A group whose channels are one run is a row to the sums; with gaps, each sample's columns are summed first."""
+    _of_groups(x, samples, (outer, channels, inner), groups, mean, var, y)
     storage, share = x.dtype.name, channels // groups
     statistics = mean.pointer, var.pointer
     parameters = _pointer(gamma), _pointer(beta)
     if outer == 1:
-        _forward(SUMS, x, (1, samples * groups, share * inner), mean, var, eps, None, None, x, by_column=True)
         width = _width(x, inner, y)
         cut = _plan.runs(1, inner, width)
         _runs.apply(storage, width, True, False).launch(
@@ -233,25 +263,13 @@ def group_forward(
     total, width = channels * inner, _width(x, channels * inner, y)
     columns = _plan.columns(outer, total, width)
     grid = columns.across, columns.down, columns.rows, columns.tiles
-    chunks, step = columns.chunks * inner, outer * total * x.itemsize
-    parts, means, squares = _pair(x, samples * channels * chunks)
-    blocks, of_sample = columns.tiles * columns.chunks, 8 * channels * chunks
-    for n in range(samples):
-        _columns.moments(storage, width).launch(
-            x, blocks, columns.threads, x.pointer + n * step, means + n * of_sample, squares + n * of_sample, outer,
-            total, inner, *grid, columns.chunks, 0, total,
-        )  # fmt: skip
-    _runs.finish_moments(True).launch(
-        x, -(-samples * groups // _runs.FINISHED), FINISH_THREADS, means, squares, *statistics, outer, inner,
-        columns.rows, 1, inner, chunks, 0, samples * groups, share,
-    )  # fmt: skip
+    step = outer * total * x.itemsize
     for n in range(samples):
         of_groups = (address + 8 * n * groups for address in statistics)
         _columns.apply(storage, width).launch(
-            x, blocks, columns.threads, x.pointer + n * step, y.pointer + n * step, *of_groups, *parameters, outer,
-            total, inner, *grid, 0, total, share, eps,
+            x, columns.tiles * columns.chunks, columns.threads, x.pointer + n * step, y.pointer + n * step,
+            *of_groups, *parameters, outer, total, inner, *grid, 0, total, share, eps,
         )  # fmt: skip
-    del parts
 
 
 def group_backward(
