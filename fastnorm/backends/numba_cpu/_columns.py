@@ -270,12 +270,17 @@ def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, 
     """The `kinds` coefficients of channels first..last for each of their columns in a folded row, and for those with
     which the row starts behind its end, too."""
     width, samples = channels * inner, lines.size // (kinds * channels)
-    room = width * fold + ROOM
+    room, zero = width * fold + ROOM, spread4(lines, 0.0)
     for kind in range(kinds):
         of_channels, of_columns = (kind * samples + sample) * channels, (kind * samples + sample) * room
         for copy in range(-(-room // width)):
+            above, upto = copy * width, least(last, room - copy * width)
+            if inner == 1:
+                for c in range(first, upto, 4 * lanes(lines)):
+                    store4(columns, of_columns + above + c, load4(lines, of_channels + c, upto - c, zero), upto - c)
+                continue
             for c in range(first, last):
-                value, at = element(lines, of_channels + c), copy * width + c * inner
+                value, at = element(lines, of_channels + c), above + c * inner
                 for j in range(at, least(at + inner, room)):
                     put(columns, of_columns + j, value)
 
