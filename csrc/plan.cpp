@@ -110,25 +110,35 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well. Folded rows
   // are whole rows: their channels stay together.
   const Cut cut = cut_channels(shape);
+  const auto slabs_of = [&](std::size_t most) {
+    // As many for each thread: 512 channels of 28x28 in slabs of 167 are three and a rest, 29 us; four alike take 23.
+    const std::size_t slabs = ceil_div(ceil_div(shape.channels, most), workers) * workers;
+    const std::size_t slab = ceil_div(shape.channels, slabs);
+    // Slabs of whole lines, if a slab holds one.
+    const std::size_t line = kLine / itemsize, whole = line / std::gcd(line, shape.inner);
+    return cut.side_by_side && slab > whole ? ceil_div(slab, whole) * whole : slab;
+  };
   const std::size_t in_l2 = caches().l2 / 2 / channel_bytes;
   const std::size_t narrowest = cut.side_by_side ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
   if (cut.fold == 1 && in_l2 >= narrowest) {
-    // As many for each thread: 512 channels of 28x28 in slabs of 167 are three and a rest, 29 us; four alike take 23.
-    const std::size_t slabs = ceil_div(ceil_div(shape.channels, in_l2), workers) * workers;
-    plan.slab = ceil_div(shape.channels, slabs);
-    // Slabs of whole lines, if a slab holds one.
-    const std::size_t line = kLine / itemsize, whole = line / std::gcd(line, shape.inner);
-    if (cut.side_by_side && plan.slab > whole) plan.slab = ceil_div(plan.slab, whole) * whole;
+    plan.slab = slabs_of(in_l2);
     return plan;
+  }
+  // Columns a thread in its share of L3, where the whole is too large to be found there the second time.
+  const std::size_t row_bytes = shape.channels * shape.inner * itemsize;
+  if (cut.side_by_side && cut.fold == 1 && row_bytes % kLine == 0 && shape.outer * row_bytes >= caches().l3 / 4 * 3) {
+    const std::size_t in_l3 = caches().l3 / 8 / workers / (shape.outer * shape.inner * itemsize);
+    if (in_l3 * shape.inner * itemsize >= (shape.inner == 1 ? kNarrowestInL3 : kNarrowestOfRuns)) {
+      plan.slab = slabs_of(in_l3);
+      return plan;
+    }
   }
   // One channel a thread in its share of L3.
   if (!cut.side_by_side && shape.channels >= 4 * workers && channel_bytes <= caches().l3 / 2 / workers) {
     plan.slab = 1;
     return plan;
   }
-  // All threads on everything at once, or on one channel of runs: what of it fits L3 need not be read again. Slabs of
-  // columns in L3 are no way out: with rows of 256 bytes to 8 KB each one tried took half as long again as reading
-  // (8192, 2048) twice in the order of memory.
+  // All threads on everything at once, or on one channel of runs: what of it fits L3 need not be read again.
   plan.team = true;
   plan.slab = cut.side_by_side ? shape.channels : 1;
   plan.passes = plan.slab * channel_bytes <= caches().l3 / 2 ? 1 : 2;

@@ -47,6 +47,19 @@ def test_a_tall_matrix_beyond_every_cache_is_read_twice():
         assert plan.floor == (least + 1) * rows * 4096
 
 
+def test_a_matrix_of_middling_height_is_read_once_in_slabs_that_fit_the_last_cache():
+    rows, threads = L3 // (16 * 1024), 2  # 1 KB of each is an eighth of a thread's share
+    shape = (rows, 2 * L3 // (4 * rows) // 16 * 16)
+    for direction, least in (("forward", 1), ("backward", 2)):
+        plan = fastnorm.plan("batchnorm", shape, direction=direction, threads=threads)
+        assert (plan.reads, plan.shared) == (least, False)
+        assert plan.bytes == plan.floor
+        assert L2 // 2 < plan.slab_bytes <= least * L3 // 8
+        assert plan.slab * 4 % 64 == 0, "whole lines"
+    ragged = fastnorm.plan("batchnorm", (rows, shape[1] + 1), threads=threads)
+    assert (ragged.reads, ragged.shared) == (2, True), "rows begin within lines"
+
+
 def test_memory_order_counts_not_the_shape():
     images = np.empty((8, 64, 112, 112), np.float32)
     channels_last = images.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)

@@ -54,6 +54,12 @@ constexpr std::size_t kChunkRows = 64;
 constexpr std::size_t kFoldedRow = 512;
 // Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves.
 constexpr std::size_t kNarrowestSlab = 1024;
+// The same of a slab in a thread's share of L3, 2 MB an array for two threads with 32. Two threads, everything read
+// twice and slabs, ms: (2048, 8192) forward 3.9 and 2.9, backward 6.1 and 5.2, (4096, 4096) 3.8 and 3.1, 6.2 and 5.9,
+// but (8192, 2048) 3.7 and 4.0, 6.4 and 6.9. Rows of short runs begin anywhere in a page: (512, 512, 7, 7) backward 4.5
+// and 4.1, (2048, 256, 7, 7) 9.4 and 10.3.
+constexpr std::size_t kNarrowestInL3 = 512;
+constexpr std::size_t kNarrowestOfRuns = 3072;
 // Samples are taken in bundles of so many elements at least, some 5 us of work, and a group counts as so many more: one
 // of two channels of 16 elements takes 20 to 40 ns.
 constexpr std::size_t kBundle = 1 << 15;
