@@ -32,6 +32,9 @@ _FAMILY = {
 }  # fmt: skip
 
 
+DROPOUT = "dropout"
+
+
 @dataclass(frozen=True)
 class Plan:
     """A call as the C++ kernels will run it. `print(plan)` gives it in words.
@@ -45,16 +48,16 @@ class Plan:
     dtype: str
     sizes: tuple[int, ...]
     """(outer, channels, inner) of batchnorm, the same after the samples of groupnorm and instancenorm, (rows, cols) of
-    layernorm and rmsnorm, as they lie in memory."""
+    layernorm and rmsnorm, as they lie in memory; (elements,) of dropout."""
     threads: int
     packed: bool
-    """Whether the array has to be copied into an order of memory that kernels read."""
+    """Whether the array has to be copied into an order of memory that kernels read; dropout does so by the piece."""
     side_by_side: bool
     """Vectors run across channels, not along one."""
     groups: int
-    """Parts that a channel's or row's elements are summed in."""
+    """Parts that a channel's or row's elements are summed in; none of dropout."""
     slab: int
-    """Channels or rows that go through all passes before the next ones."""
+    """Channels or rows that go through all passes before the next ones; elements of a task of dropout."""
     slab_bytes: int
     shared: bool
     """All threads work on the same slab; else each has slabs of its own."""
@@ -63,8 +66,8 @@ class Plan:
     ahead: int
     """Bytes from the line being written to the one being fetched meanwhile."""
     reads: int
-    """Arrays of x's size read from memory. The least is 1 forward, 2 backward; twice that where no slab fits a
-    cache."""
+    """Arrays of x's size read from memory. The least is 1 forward, 2 backward (of dropout 1); twice that where no slab
+    fits a cache."""
     writes: int
     bytes: int
     """Bytes that the arrays' reads and writes come to."""
@@ -72,14 +75,17 @@ class Plan:
     """The bytes that no implementation can avoid: each input once, the output once."""
 
     def __str__(self) -> str:
-        family = _FAMILY[self.op]
-        sizes = ", ".join(f"{name} {size}" for name, size in zip(family.sizes, self.sizes, strict=True))
+        family = _FAMILY.get(self.op)
+        sizes, unit = (family.sizes, family.unit) if family else (("elements",), "elements")
+        sized = ", ".join(f"{name} {size}" for name, size in zip(sizes, self.sizes, strict=True))
         reads = "1 read" if self.reads == 1 else f"{self.reads} reads"
         lines = [
-            f"{self.op} {self.direction}, {self.dtype}: {sizes}" + (", packed first" if self.packed else ""),
-            f"slab    {self.slab} {family.unit}, {_size(self.slab_bytes)}, "
+            f"{self.op} {self.direction}, {self.dtype}: {sized}" + (", packed first" if self.packed else ""),
+            f"slab    {self.slab} {unit}, {_size(self.slab_bytes)}, "
             + (f"shared by {self.threads} threads" if self.shared else f"one for each of {self.threads} threads"),
-            f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run"),
+            f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run")
+            if self.groups
+            else "sums    none",
             f"stores  {'past the cache' if self.streams else 'through the cache'}, fetching {_size(self.ahead)} ahead",
             f"moves   {reads} and one write of x's size: {_size(self.bytes)}, "
             f"{self.bytes / self.floor:.3g} times the least",
@@ -103,10 +109,10 @@ def plan(
 
     Parameters
     ----------
-    op : 'batchnorm', 'layernorm', 'groupnorm', 'instancenorm' or 'rmsnorm'
+    op : 'batchnorm', 'layernorm', 'groupnorm', 'instancenorm', 'rmsnorm' or 'dropout'
     x : an array, whose shape, strides and dtype count and whose values are not looked at, or a shape
         A shape means a C-contiguous array of `dtype`, default float32.
-    axis : the op's own; default -1 for layernorm and rmsnorm, 1 for the others.
+    axis : the op's own; default -1 for layernorm and rmsnorm, 1 for the others. Dropout has none.
     groups : of groupnorm, and of it alone
     direction : 'forward' or 'backward'
     threads : default `get_num_threads()`
@@ -114,8 +120,8 @@ def plan(
     Returns a `Plan`. Raises ValueError or TypeError that names the argument, BackendUnavailableError without the
     extension.
     """
-    if op not in _FAMILY:
-        raise ValueError(f"op: expected one of {', '.join(_FAMILY)}, got {op!r}")
+    if op not in _FAMILY and op != DROPOUT:
+        raise ValueError(f"op: expected one of {', '.join((*_FAMILY, DROPOUT))}, got {op!r}")
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction: expected 'forward' or 'backward', got {direction!r}")
     threads = _threads.get_num_threads() if threads is None else _threads.checked(threads, "threads")
@@ -125,13 +131,13 @@ def plan(
     except ImportError as error:
         raise BackendUnavailableError(f"plan: the extension is not available: {error}") from error
 
+    if op == DROPOUT:
+        return _of_dropout(core, shape, strides, storage, direct, direction, threads, axis, groups)
     family = _FAMILY[op]
     position = _layout.checked_axis(family.axis if axis is None else axis, len(shape))
     axes = tuple(range(position, len(shape))) if family is _ROWS else (position,)
     count = _counted_groups(op, groups, shape, position)
-    size = math.prod(shape)
-    if size == 0:
-        raise ValueError(f"x: there is nothing to plan for an empty array, got shape {shape}")
+    size = _checked_size(shape)
     view = family.view_of(shape, strides, storage.itemsize, axes) if direct else None
     packed = view is None
     if view is None:
@@ -149,6 +155,38 @@ def plan(
         shared=how["team"], streams=how["stream"], ahead=how["ahead"], reads=reads, writes=1,
         bytes=(reads + 1) * size * storage.itemsize, floor=(arrays + 1) * size * storage.itemsize,
     )  # fmt: skip
+
+
+def _of_dropout(
+    core: Any, shape: tuple[int, ...], strides: tuple[int, ...], storage: np.dtype[Any], direct: bool,
+    direction: Literal["forward", "backward"], threads: int, axis: Any, groups: Any,
+) -> Plan:  # fmt: skip
+    """Both directions read one array and write one."""
+    for name, value in (("axis", axis), ("groups", groups)):
+        if value is not None:
+            raise TypeError(f"{name}: not of dropout, got {value!r}")
+    size = _checked_size(shape)
+    how = core.plan_dropout(size, storage.itemsize)
+    moved = 2 * size * storage.itemsize
+    order = _c_strides(shape, storage.itemsize)
+    in_order = all(n == 1 or stride == step for n, stride, step in zip(shape, strides, order, strict=True))
+    return Plan(
+        op=DROPOUT, direction=direction, dtype=storage.name, sizes=(size,), threads=threads,
+        packed=not (direct and in_order), side_by_side=how["side_by_side"], groups=how["groups"], slab=how["slab"],
+        slab_bytes=how["slab_bytes"], shared=how["team"], streams=how["stream"], ahead=how["ahead"], reads=1, writes=1,
+        bytes=moved, floor=moved,
+    )  # fmt: skip
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))
+
+
+def _checked_size(shape: tuple[int, ...]) -> int:
+    size = math.prod(shape)
+    if size == 0:
+        raise ValueError(f"x: there is nothing to plan for an empty array, got shape {shape}")
+    return size
 
 
 def _counted_groups(op: str, groups: Any, shape: tuple[int, ...], position: int) -> int:
@@ -174,5 +212,4 @@ def _described(x: Any, dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...], np
     if any(n < 0 for n in shape):
         raise ValueError(f"x: a shape has no negative lengths, got {shape}")
     storage = _layout.storage_dtype("dtype", np.empty(0, np.float32 if dtype is None else dtype))
-    strides = tuple(math.prod(shape[axis + 1 :]) * storage.itemsize for axis in range(len(shape)))
-    return shape, strides, storage, True
+    return shape, _c_strides(shape, storage.itemsize), storage, True

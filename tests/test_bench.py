@@ -7,6 +7,7 @@ import math
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import fastnorm
 from fastnorm import __main__
 from fastnorm.bench import check, cli, dropout, machine, measure, plot, roof, target_tables, targets
-from fastnorm.bench.cases import DIRECTIONS, DTYPES, OPS, Case, Entry, target_entries
+from fastnorm.bench.cases import DIRECTIONS, DROPOUT, DTYPES, OPS, Case, Entry, dtype_of, target_entries
 from fastnorm.bench.peers import PEERS
 from fastnorm.bench.run import Report, Row, Section, fill
 from fastnorm.bench.variants import Variant
@@ -50,6 +51,9 @@ def test_sizes_of_the_groups():
         by_group.setdefault(entry.group, []).append(entry.case)
     assert all(case.nbytes >= 40e6 for case in by_group["large"] + by_group["dtypes"] + by_group["family"])
     assert all(60e3 <= case.nbytes <= 2**24 for case in by_group["cache"] + by_group["family cached"])
+    assert all(case.nbytes >= 40e6 for case in by_group["dropout"])
+    assert {case.nbytes for case in by_group["dropout cached"]} >= {128, 2**24 // 4}
+    assert max(case.nbytes for case in by_group["dropout cached"]) <= 2**24
     assert {case.dtype for case in by_group["dtypes"]} == set(DTYPES)
     tall = {case.shape for case in by_group["large"] if case.op.name == "batchnorm" and case.layout.label == "ND"}
     assert {rows for rows, _ in tall} >= {256, 65536}
@@ -63,6 +67,35 @@ def test_each_kind_meets_further_peers_once_in_the_cache_and_once_beyond():
         [(group, *kind) for group in ("large", "cache") for kind in kinds]
         + [(group, *kind) for group in targets.FAMILY for kind in family]
     )
+
+
+def test_dropout_is_measured_against_a_copy_and_judged(monkeypatch):
+    compiled = [info.name for info in fastnorm.backends() if info.available and info.name in ("cpp", "numba")]
+    monkeypatch.setattr(machine.OtherPrograms, "cpus", lambda self: 0.0)
+    case = Case(DROPOUT, DROPOUT.layout("ND"), (12, 16))
+    entries = [Entry("dropout", case), Entry("dropout cached", replace(case, dtype="float16"))]
+    report = targets.run(targets.selected(entries, ["dropout"]), compiled, with_peers=False)
+    assert [(each.group, each.direction) for each in report.sections] == [
+        (group, direction) for group in targets.OF_DROPOUT for direction in DIRECTIONS
+    ]
+    for each in report.sections:
+        assert (each.bytes_moved, each.nbytes) == (2 * each.nbytes, 192 * dtype_of(each.dtype).itemsize)
+        assert (each.plan_reads, each.plan_writes) == (1, 1)
+        assert each.plan_floor_best == each.floor_best > 0
+        assert {row.variant: row.correct for row in each.rows} == {f"fused {name}": True for name in compiled}
+    titles = {table.title for table in target_tables.tables(report)}
+    assert {"Dropout, forward beyond the cache, ms", "Dropout, backward in the cache, us"} <= titles
+    assert "Dropout 12x16 float16" in target_tables.text(report)
+    monkeypatch.setattr(dropout, "error", lambda *_: 0.5)
+    wrong = targets.run([(entries[0], "backward")], compiled, with_peers=False)
+    assert [row.correct for row in wrong.sections[0].rows] == [False] * len(compiled)
+
+    rows = section({"fused cpp": 2.0, "torch": 1.9}, floor=1.5, op="dropout", group="dropout")
+    small = section({"fused cpp": 2.0, "torch": 9.0}, floor=1.5, op="dropout", shape=(4, 8), group="dropout cached")
+    found = judged(rows, small)
+    assert found["PyTorch over C++, time, dropout, worst"].met is False
+    assert found["dropout, beyond the cache: share of the floor, worst"].value == 0.75
+    assert found["dropout, in the cache: share of the fastest copy, worst"].met is None
 
 
 def test_networks_have_all_of_their_normalizations():

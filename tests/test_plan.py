@@ -101,6 +101,32 @@ def test_samples_are_shared_only_where_threads_would_wait(samples, threads, shar
     assert (plan.shared, plan.slab) == (shared, 256)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_dropout_is_cut_into_tasks_and_moves_the_least(direction):
+    for dtype, itemsize in (("float16", 2), ("float32", 4), ("float64", 8)):
+        for elements in (1, 32, 16383, 16384, 32767, 32768, 1 << 20, L3 // itemsize + 5):
+            plan = fastnorm.plan("dropout", (elements,), dtype=dtype, direction=direction, threads=2)
+            assert (plan.sizes, plan.reads, plan.writes, plan.shared) == ((elements,), 1, 1, False)
+            assert plan.bytes == plan.floor == 2 * elements * itemsize
+            assert plan.streams == (elements * itemsize >= 2 * L3 // 5)
+            least = 1 << 16 if plan.streams else 1 << 14
+            tasks = -(-elements // plan.slab)
+            assert tasks <= max(1, elements // least), "none of a rest: a task is worth waking a thread"
+            assert plan.slab == elements or plan.slab % 384 == 0, "whole draws of random numbers"
+            assert plan.slab_bytes == plan.slab * itemsize
+    assert fastnorm.plan("dropout", (60, 70)).slab == fastnorm.plan("dropout", (4200,), threads=7).slab == 4200
+    assert fastnorm.plan("dropout", (1 << 15,)).slab <= (1 << 14) + 384, "two tasks"
+    assert "elements 4200" in str(fastnorm.plan("dropout", (60, 70)))
+    assert "sums    none" in str(fastnorm.plan("dropout", (60, 70)))
+
+
+def test_dropout_reads_c_order():
+    assert not fastnorm.plan("dropout", np.empty((4, 6))).packed
+    assert not fastnorm.plan("dropout", np.empty((1, 6), order="F")).packed
+    for other in (np.empty((4, 6), order="F"), np.empty((4, 6))[:, ::2], np.empty((4, 6), ">f4"), np.empty(4, int)):
+        assert fastnorm.plan("dropout", other).packed
+
+
 def test_small_results_stay_in_cache():
     assert not fastnorm.plan("layernorm", (64, 64)).streams
     assert fastnorm.plan("layernorm", (L3 // 4096, 4096)).streams
@@ -143,6 +169,9 @@ def test_dtypes_count_in_bytes(dtype):
     [
         (("groupednorm", (4, 8)), {}, ValueError, "op"),
         (("groupnorm", (4, 8)), {}, TypeError, "groups"),
+        (("dropout", (4, 8)), {"groups": 2}, TypeError, "groups"),
+        (("dropout", (4, 8)), {"axis": 1}, TypeError, "axis"),
+        (("dropout", (0, 8)), {}, ValueError, "x"),
         (("groupnorm", (4, 8)), {"groups": 3}, ValueError, "groups"),
         (("groupnorm", (4, 8)), {"groups": 2, "axis": 0}, ValueError, "axis"),
         (("batchnorm", (4, 8)), {"groups": 2}, TypeError, "groups"),

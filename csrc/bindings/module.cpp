@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
@@ -239,6 +240,19 @@ void register_plan(py::module_& m) {
     result["stream"] = plan.stream;
     result["ahead"] = plan.ahead * itemsize;
     result["passes"] = plan.passes;
+    return result;
+  });
+  m.def("plan_dropout", [](size_t elements, size_t itemsize) {
+    const fastnorm::DropoutPlan plan = fastnorm::plan_dropout(elements, itemsize);
+    py::dict result;
+    result["side_by_side"] = false;
+    result["groups"] = 0;
+    result["team"] = false;
+    result["slab"] = std::min(plan.task, elements);
+    result["slab_bytes"] = std::min(plan.task, elements) * itemsize;
+    result["stream"] = plan.stream;
+    result["ahead"] = plan.ahead * itemsize;
+    result["passes"] = 1;
     return result;
   });
 }

@@ -34,6 +34,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 #   forward    read x, write y                2
 #   backward   read dout, read x, write dx    3
 #
+# Dropout reads dout alone.
+#
 # GB/s and shares of the floor are these bytes over the time, whatever an implementation really moves.
 ARRAYS_MOVED: dict[Direction, int] = {"forward": 2, "backward": 3}
 
@@ -74,9 +76,9 @@ class Op:
 
     name: str
     title: str
-    family: Literal["channel", "group", "row"]
+    family: Literal["channel", "group", "row", "elementwise"]
     """channel: statistics over every axis but one; group: the same in each sample, for groups of channels; row: over
-    the axes from one on."""
+    the axes from one on; elementwise: none."""
     layouts: tuple[Layout, ...]
     centred: bool = True
     """Whether it subtracts a mean and adds a beta."""
@@ -119,6 +121,10 @@ OPS = {
         Op("rmsnorm", "RMSNorm", "row", ROW_LAYOUTS, centred=False),
     )
 }
+
+
+DROPOUT = Op("dropout", "Dropout", "elementwise", (Layout("ND", 2, -1),))
+"""Beside the others: it has neither statistics nor parameters, and a check of its own (fastnorm/bench/dropout.py)."""
 
 
 class Inputs(NamedTuple):
@@ -170,7 +176,7 @@ class Case:
     def kept_axes(self) -> tuple[int, ...]:
         """The axes that index the statistics; of groups, those of the channels."""
         axis = self.axis % len(self.shape)
-        return {"channel": (axis,), "group": (0, axis), "row": tuple(range(axis))}[self.op.family]
+        return {"channel": (axis,), "group": (0, axis), "row": tuple(range(axis)), "elementwise": ()}[self.op.family]
 
     @property
     def reduced_axes(self) -> tuple[int, ...]:
@@ -200,7 +206,7 @@ class Case:
         return self.size * dtype_of(self.dtype).itemsize
 
     def bytes_moved(self, direction: Direction) -> int:
-        return ARRAYS_MOVED[direction] * self.nbytes
+        return (2 if self.op is DROPOUT else ARRAYS_MOVED[direction]) * self.nbytes
 
     def inputs(self, seed: int = 0, *, offset: float = 2.0) -> Inputs:
         """Inputs that depend on the case's shape and the seed alone.
@@ -339,7 +345,9 @@ def suite_cases(*, full: bool = False, dtypes: Sequence[str] = ("float32",)) -> 
 
 # ---- the cases of `python -m fastnorm bench --targets` ---------------------------------------------
 
-Group = Literal["large", "cache", "small", "dtypes", "threads", "networks", "family", "family cached"]
+Group = Literal[
+    "large", "cache", "small", "dtypes", "threads", "networks", "family", "family cached", "dropout", "dropout cached"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -408,6 +416,13 @@ _FAMILY_CACHED: dict[tuple[str, str], tuple[Shape, ...]] = {
     ("rmsnorm", "ND"): ((256, 1024), (1024, 1024)),
 }
 
+# By dtype; the cached ones from small calls on.
+_DROPOUT: dict[str, tuple[Shape, ...]] = {"float32": ((16384, 1024), (131072, 128)), "float16": ((32768, 1024),)}
+_DROPOUT_CACHED: dict[str, tuple[Shape, ...]] = {
+    "float32": ((4, 8), (64, 256), (256, 1024), (1024, 1024)),
+    "float16": ((256, 1024), (1024, 1024), (4096, 1024)),
+}
+
 # 20 million elements: beyond the cache in every dtype.
 _EACH_DTYPE: dict[tuple[str, str], Shape] = {
     ("batchnorm", "ND"): (20000, 1024),
@@ -464,6 +479,14 @@ def target_entries() -> list[Entry]:
     entries += [
         Entry("networks", case("batchnorm", "NCHW", (8, *shape)), network="ResNet-50", count=count)
         for shape, count in _RESNET50.items()
+    ]
+    both: tuple[tuple[Group, dict[str, tuple[Shape, ...]]], ...]
+    both = ("dropout", _DROPOUT), ("dropout cached", _DROPOUT_CACHED)
+    entries += [
+        Entry(group, Case(DROPOUT, DROPOUT.layout("ND"), shape, dtype))
+        for group, table in both
+        for dtype, shapes in table.items()
+        for shape in shapes
     ]
     shape, count = _BERT_LARGE
     return [*entries, Entry("networks", case("layernorm", "ND", shape), network="BERT-large", count=count)]

@@ -15,12 +15,12 @@ import numpy as np
 import fastnorm
 from fastnorm.backends import Array
 from fastnorm.bench import measure, roof
-from fastnorm.bench.cases import DIRECTIONS, MEGABYTE, Direction, Inputs, dtype_of
+from fastnorm.bench.cases import DIRECTIONS, DROPOUT, MEGABYTE, Direction, Inputs, dtype_of
 from fastnorm.bench.progress import Progress
 from fastnorm.bench.run import LEAST_ROUNDS, LONG, MOST_ROUNDS, Report, Row, Section, fill
 from fastnorm.bench.variants import Variant
 
-NAME = "dropout"
+NAME = DROPOUT.name
 COLUMNS = 1024
 P, SEED = 0.5, 231
 SIGMAS = 6
@@ -83,6 +83,23 @@ def error(variant: Variant, x: Array, got: Array) -> float:
             return float("inf")
         want = np.where(kept, x * x.dtype.type(1 / P), x.dtype.type(0))
     return max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in zip(got, want, strict=True))
+
+
+def checked(
+    x: Array, out: Array, dtype: str, direction: Direction, variants: Sequence[Variant]
+) -> tuple[Section, dict[str, Callable[[], Any]]]:
+    """A section with every variant's result checked, and the calls to time; ours also into new arrays."""
+    section = Section(NAME, "ND", x.shape, dtype, x.nbytes, direction, bytes_moved=2 * x.nbytes)
+    calls: dict[str, Callable[[], Any]] = {}
+    for variant in (each for each in variants if computes(each, dtype)):
+        bound = {label: bind(variant, x, direction, out if reuse else None) for label, reuse in variant.labels.items()}
+        out.fill(0)
+        errors = [error(variant, x, call()) for call in bound.values()]
+        row = Row(variant.label, variant.name, variant.backend, error=max(errors), tolerance=0.0)
+        row.correct = row.error == 0
+        section.rows.append(row)
+        calls |= bound
+    return section, calls
 
 
 def add_to(report: Report, size: int, dtypes: Sequence[str], variants: Sequence[Variant], *, seconds: float) -> None:

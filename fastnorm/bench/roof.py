@@ -26,7 +26,7 @@ import numpy as np
 
 import fastnorm
 from fastnorm.backends import Array, flat
-from fastnorm.bench.cases import Case, Direction, Inputs
+from fastnorm.bench.cases import DROPOUT, Case, Direction, Inputs
 
 
 class Traffic(NamedTuple):
@@ -44,7 +44,8 @@ def traffic(case: Case, x: Array, direction: Direction) -> Traffic:
     if _core() is None:
         return ONE_PASS[direction]
     groups = case.groups if case.op.takes_groups else None
-    plan = fastnorm.plan(case.op.name, x, axis=case.axis, direction=direction, groups=groups)
+    axis = None if case.op is DROPOUT else case.axis
+    plan = fastnorm.plan(case.op.name, x, axis=axis, direction=direction, groups=groups)
     return Traffic(plan.reads, plan.writes)
 
 

@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from fastnorm.bench import machine, targets
-from fastnorm.bench.cases import DIRECTIONS, OPS
+from fastnorm.bench.cases import DIRECTIONS, DROPOUT, OPS
 from fastnorm.bench.peers import PEERS
 from fastnorm.bench.run import Report, Row, Section
 from fastnorm.bench.table import milliseconds
@@ -38,6 +38,7 @@ def tables(report: Report) -> list[Table]:
         *(_against_floor(sections, "large", direction) for direction in DIRECTIONS),
         *(_against_floor(sections, "cache", direction) for direction in DIRECTIONS),
         *(_against_floor(sections, group, direction) for group in targets.FAMILY for direction in DIRECTIONS),
+        *(_against_floor(sections, group, direction) for group in targets.OF_DROPOUT for direction in DIRECTIONS),
         *(_contest(sections, group, direction) for group in ("large", "cache") for direction in DIRECTIONS),
         _small(sections),
         _dtypes(sections),
@@ -87,10 +88,13 @@ def _notes(report: Report) -> Iterator[str]:
 
 def case_label(section: Section) -> str:
     layout = "" if section.layout == "ND" else f" {section.layout}"
-    return f"{OPS[section.op].title}{layout} {'x'.join(map(str, section.shape))}"
+    title = (OPS | {DROPOUT.name: DROPOUT})[section.op].title
+    return f"{title}{layout} {'x'.join(map(str, section.shape))}"
 
 
 def _size(section: Section) -> str:
+    if section.nbytes < 2**10:
+        return f"{section.nbytes} bytes"
     megabytes = section.nbytes / 2**20
     return f"{megabytes:.0f} MB" if megabytes >= 1 else f"{section.nbytes / 2**10:.0f} KB"
 
@@ -124,7 +128,8 @@ def _against_floor(sections: Sequence[Section], group: str, direction: str) -> T
     rows = []
     for section in _of(sections, group, direction):
         ours, numba, torch = (section.row(name) for name in (CPP, NUMBA, "torch"))
-        cells = [case_label(section), _size(section), milliseconds(section.floor_best * (1e3 if cached else 1))]
+        dtype = "" if section.dtype == "float32" else f" {section.dtype}"
+        cells = [case_label(section) + dtype, _size(section), milliseconds(section.floor_best * (1e3 if cached else 1))]
         if cached:
             cells.append(min(section.floors, key=section.floors.__getitem__))
         else:
@@ -134,6 +139,7 @@ def _against_floor(sections: Sequence[Section], group: str, direction: str) -> T
         rows.append([*cells, _ratio(_over(torch, ours))])
     unit, where = ("us", "in the cache") if cached else ("ms", "beyond the cache")
     family = "The rest of the family, " if group in targets.FAMILY else ""
+    family = "Dropout, " if group in targets.OF_DROPOUT else family
     return Table(f"{family}{direction if family else direction.capitalize()} {where}, {unit}", columns, rows)
 
 

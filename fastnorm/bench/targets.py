@@ -8,6 +8,7 @@ dtypes     one shape in every dtype, beyond the cache
 threads    the C++ and Numba backends with 1, 2, 4 ... threads, in the cache
 networks   every normalization of a network; each layer's arrays come from memory
 family     GroupNorm, InstanceNorm and RMSNorm, beyond the cache as `large` and in it as `cache`
+dropout    the same of dropout, whose floor is a copy in both directions, from a few rows on
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from typing import Any
 
 import fastnorm
 from fastnorm.backends import Array
-from fastnorm.bench import machine, measure, roof
-from fastnorm.bench.cases import DIRECTIONS, OPS, Case, Direction, Entry, Inputs
+from fastnorm.bench import dropout, machine, measure, roof
+from fastnorm.bench.cases import DIRECTIONS, DROPOUT, OPS, Case, Direction, Entry, Inputs
 from fastnorm.bench.peers import EVERYDAY, PEERS
 from fastnorm.bench.progress import Progress
 from fastnorm.bench.run import Report, Row, Section, checked, fill
 from fastnorm.bench.variants import Variant, variants
 
-IN_BURSTS = ("cache", "small", "threads", "family cached")
+IN_BURSTS = ("cache", "small", "threads", "family cached", "dropout cached")
 AGAINST_PEERS = ("large", "cache", "dtypes")
 """Groups whose cases count as won or lost; small calls and networks have targets of their own."""
 ATTEMPTS, REPEATS = 3, 40
@@ -111,17 +112,23 @@ def _section(
     entry: Entry, inputs: Inputs, out: Array, direction: Direction, chosen: Sequence[Variant], progress: Progress, *,
     attempts: int,
 ) -> Section:  # fmt: skip
-    section, calls = checked(entry.case, inputs, out, direction, chosen, progress, watch_memory=False)
+    moves = direction  # as which direction's floor
+    if entry.case.op is DROPOUT:
+        source = inputs.x if direction == "forward" else inputs.dout
+        section, calls = dropout.checked(source, out, entry.case.dtype, direction, chosen)
+        moves = "forward"
+    else:
+        section, calls = checked(entry.case, inputs, out, direction, chosen, progress, watch_memory=False)
     section.group, section.contest = entry.group, entry.contest
     section.network, section.count = entry.network, entry.count
     section.plan_reads, section.plan_writes = moved = roof.traffic(entry.case, inputs.x, direction)
 
     if entry.group in IN_BURSTS:
-        floors = roof.in_cache(inputs, out, direction)
+        floors = roof.in_cache(inputs, out, moves)
     else:
-        floors = {"floor": roof.floor(inputs, out, direction)}
-        if moved != roof.ONE_PASS[direction]:
-            floors["plan floor"] = roof.plan_floor(inputs, out, direction, moved)
+        floors = {"floor": roof.floor(inputs, out, moves)}
+        if moved != roof.ONE_PASS[moves]:
+            floors["plan floor"] = roof.plan_floor(inputs, out, moves, moved)
     threads: dict[str, int] = {}
     if entry.group == "threads":
         calls, threads = _by_threads(section, calls)
@@ -238,6 +245,7 @@ HALVES_OVER_FLOAT32, FLOAT64_OF_PLAN = 1.6, 0.85
 TWO_THREADS = 1.8
 NUMBA_OVER_CPP = 0.75
 FAMILY = ("family", "family cached")
+OF_DROPOUT = ("dropout", "dropout cached")
 
 
 def _by_medians(sections: Sequence[Section]) -> dict[str, float]:
@@ -360,6 +368,15 @@ def _family(sections: Sequence[Section]) -> Iterator[Verdict]:
         yield from _means(f"PyTorch over C++, time, {op}", speedups(own, "torch"), worst=1.0)
 
 
+def _dropout(sections: Sequence[Section]) -> Iterator[Verdict]:
+    large, cached = (_of(sections, group) for group in OF_DROPOUT)
+    yield from _means(
+        "dropout, beyond the cache: share of the floor", _shares(large), mean=LEAST_LARGE, worst=WORST_LARGE
+    )
+    yield from _means("dropout, in the cache: share of the fastest copy", _shares(cached))
+    yield from _means("PyTorch over C++, time, dropout", speedups(large + cached, "torch"), worst=1.0)
+
+
 def network_times(sections: Sequence[Section], variant: str) -> dict[str, float]:
     """Network -> seconds of all of its normalizations, forward and backward, into new arrays; only whole networks."""
     times: dict[str, float] = {}
@@ -378,4 +395,4 @@ def _networks(sections: Sequence[Section]) -> Iterator[Verdict]:
             yield Verdict(f"{name}, all normalizations: PyTorch over C++, time", theirs[name] / ours[name], 1.0)
 
 
-_JUDGES = (_large, _cache, _small, _peers, _dtypes, _threads, _numba, _networks, _family)
+_JUDGES = (_large, _cache, _small, _peers, _dtypes, _threads, _numba, _networks, _family, _dropout)
