@@ -62,19 +62,31 @@ struct Columns {
   // A block's channels [w, w + n) of those that fit kWidth.
   size_t block_channels() const { return kWidth / shape.inner; }
 
+  // Columns before the first whole aligned vector of this block's rows; 0 where these are not aligned alike. Arrays by
+  // column are shifted by what is missing in that vector, so that it is aligned in them, too. With arrays of NumPy's,
+  // which begin 16 bytes after a line, on one core: (6272, 256) backward in a cache 477 to 337 us.
+  size_t lead(const T* block) const {
+    if (row_length() * sizeof(T) % kLineBytes != 0) return 0;
+    const size_t begun = reinterpret_cast<std::uintptr_t>(block) % (kLanes<A> * sizeof(T)) / sizeof(T);
+    return (kLanes<A> - begun) % kLanes<A>;
+  }
+  static size_t shift(size_t lead) { return lead > 0 ? kLanes<A> - lead : 0; }
+
   // Adds rows [0, rows) to `count` sums by column, `together` rows at a time: as many streams for the prefetcher, and
   // the sums are read and written once for all of them; `wide` vectors of each row after one another.
   // add(row, at, c, how, sums): the vector at offset `at`, of this row and column c.
   template <size_t together, size_t wide, size_t count, class F>
-  FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, A* const (&sums)[count], const F& add) {
+  FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, size_t lead, A* const (&sums)[count],
+                                       const F& add) {
     size_t r = 0;
-    for (; r + together <= rows; r += together) sum_some<together, wide>(r, stride, n, sums, add);
-    for (; r < rows; ++r) sum_some<1, 1>(r, stride, n, sums, add);
+    for (; r + together <= rows; r += together) sum_some<together, wide>(r, stride, n, lead, sums, add);
+    for (; r < rows; ++r) sum_some<1, 1>(r, stride, n, lead, sums, add);
   }
 
   template <size_t together, size_t wide, size_t count, class F>
-  FASTNORM_INLINE static void sum_some(size_t r, size_t stride, size_t n, A* const (&sums)[count], const F& add) {
-    for_columns<A, wide>(n, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
+  FASTNORM_INLINE static void sum_some(size_t r, size_t stride, size_t n, size_t lead, A* const (&sums)[count],
+                                       const F& add) {
+    for_columns<A, wide>(n, lead, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
       Vector<A> even[width][count], odd[width][count] = {};
       repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t v = i / count, k = i % count;
@@ -95,11 +107,11 @@ struct Columns {
   // Sums of all rows of a block of n channels: folded rows, then those left over, then the sum over a channel's
   // columns.
   template <size_t together, size_t wide, size_t count, class F>
-  FASTNORM_INLINE void sum_block(const Unit& u, size_t n, A* const (&sums)[count], const F& add) const {
+  FASTNORM_INLINE void sum_block(const Unit& u, size_t n, size_t lead, A* const (&sums)[count], const F& add) const {
     const size_t folded = u.rows / cut.fold, done = folded * cut.fold * row_length();
     for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], spread_length(n), A{});
-    sum_rows<together, wide>(folded, row_length() * cut.fold, spread_length(n), sums, add);
-    sum_rows<together, wide>(u.rows % cut.fold, row_length(), n * shape.inner, sums,
+    sum_rows<together, wide>(folded, row_length() * cut.fold, spread_length(n), lead, sums, add);
+    sum_rows<together, wide>(u.rows % cut.fold, row_length(), n * shape.inner, lead, sums,
                              [&](size_t row, size_t at, size_t c, auto how, auto& sum)
                                  FASTNORM_INLINE_LAMBDA { add(row, done + at, c, how, sum); });
     for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
@@ -114,7 +126,7 @@ struct Columns {
     const size_t some = std::min(rows, kPivotRows);
     for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivots + c, how.load(block + c), how); });
     std::fill_n(sums, n, A{});
-    sum_rows<kPivotRows, 1>(some, row_length(), n, {sums},
+    sum_rows<kPivotRows, 1>(some, row_length(), n, 0, {sums},
                             [&](size_t, size_t at, size_t c, auto how, auto& sum)
                                 FASTNORM_INLINE_LAMBDA { sum[0] += how.load(block + at) - how.load(pivots + c); });
     const A share = A{1} / static_cast<A>(some);
@@ -156,7 +168,7 @@ struct Columns {
 
   // Sums of d and d^2 over a block, d = x - pivot; `pivots` are spread.
   FASTNORM_INLINE void sum_around(const T* block, const Unit& u, size_t n, const A* pivots, A* sums, A* squares) const {
-    sum_block<8, 1>(u, n, {sums, squares},
+    sum_block<8, 1>(u, n, lead(block), {sums, squares},
                     [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
                       const Vector<A> d = how.load(block + at) - how.load(pivots + c);
                       sum[0] += d;
@@ -166,6 +178,7 @@ struct Columns {
 
   // As `block_moments`, for all channels of a slab at once.
   void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A* workspace) const {
+    workspace += shift(lead(x + c0 * shape.inner));
     A *sums = workspace, *squares = workspace + kPitch, *near = workspace + 2 * kPitch,
       *pivots = workspace + 3 * kPitch;
     double before = 0;
@@ -201,6 +214,7 @@ struct Columns {
   // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g; `centres` is spread.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
               double* sum_dyx, A* workspace) const {
+    workspace += shift(lead(x + c0 * shape.inner));
     A *grads = workspace, *products = workspace + kPitch;
     std::fill_n(sum_dy, c1 - c0, 0.0);
     std::fill_n(sum_dyx, c1 - c0, 0.0);
@@ -210,7 +224,7 @@ struct Columns {
         const size_t n = std::min(block_channels(), c1 - w);
         const A* centre = centres + (w - c0) * shape.inner;
         const size_t block = u.row * row_length() + w * shape.inner;
-        sum_block<4, 2>(u, n, {grads, products},
+        sum_block<4, 2>(u, n, lead(x + block), {grads, products},
                         [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
                           const Vector<A> grad = how.load(dy + block + at);
                           sum[0] += grad;
@@ -235,7 +249,7 @@ struct Columns {
     size_t r = first_row(g), at = r * length + c0 * shape.inner;
     if (!past_cache)
       for (; r + together * fold <= last; r += together * fold, at += together * step)
-        for_columns<A, 2>(n * fold, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
+        for_columns<A, 2>(n * fold, lead(out + at), [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
           decltype(line(c, how)) lines[width];
           repeat<width>([&](auto v) FASTNORM_INLINE_LAMBDA { lines[v] = line(c + v * kLanes<A>, how); });
           repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {

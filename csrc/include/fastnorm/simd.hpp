@@ -484,12 +484,14 @@ FASTNORM_INLINE void for_columns(size_t n, const F& f) {
   if (c < n) f(c, Part{n - c});
 }
 
-// The same for `wide` vectors at a time, f(c, how, width), width as a constant; the last ones one at a time.
+// The same for `wide` vectors at a time, f(c, how, width), width as a constant; the last ones one at a time, and before
+// all others one of `lead` columns, fewer than a vector has.
 template <class A, size_t wide, class F>
-FASTNORM_INLINE void for_columns(size_t n, const F& f) {
+FASTNORM_INLINE void for_columns(size_t n, size_t lead, const F& f) {
   constexpr std::integral_constant<size_t, wide> together{};
   constexpr std::integral_constant<size_t, 1> one{};
-  size_t c = 0;
+  size_t c = std::min(lead, n);
+  if (c > 0) f(size_t{0}, Part{c}, one);
   for (; c + wide * kLanes<A> <= n; c += wide * kLanes<A>) f(c, Whole{}, together);
   for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{}, one);
   if (c < n) f(c, Part{n - c}, one);
