@@ -25,7 +25,16 @@ from __future__ import annotations
 from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._output import READ_AHEAD, writer_of_columns
-from fastnorm.backends.numba_cpu._runs import COEFFICIENTS, FINISH, SUMS, WRITE, gradient_lines, normalizing_lines
+from fastnorm.backends.numba_cpu._runs import (
+    COEFFICIENTS,
+    FINISH,
+    SUMS,
+    WRITE,
+    gradient_lines,
+    normalizing_lines,
+    of_channels,
+    together,
+)
 from fastnorm.backends.numba_cpu._scalars import (
     centred_squares,
     input_gradient,
@@ -33,13 +42,13 @@ from fastnorm.backends.numba_cpu._scalars import (
     merged_mean,
     merged_squares,
     normalized,
-    rounded,
     rstd,
     sum_times_xhat,
 )
 from fastnorm.backends.numba_cpu._tasks import hand_out
 from fastnorm.backends.numba_cpu._vectors import (
     SCRATCH,
+    WIDE,
     begun,
     element,
     fence,
@@ -47,11 +56,15 @@ from fastnorm.backends.numba_cpu._vectors import (
     load,
     load4,
     load_part,
+    load_wide,
     prefetch,
     put,
+    rounded,
     scratch,
     spread4,
+    spread_wide,
     store4,
+    store_wide,
     total,
 )
 
@@ -111,12 +124,12 @@ def _section(section, rows, fold):
 @compiled
 def _collapse(sums, channels, inner, copies):
     """From sums of columns to those of their channels, in place."""
-    width = channels * inner
+    width, zero = channels * inner, spread4(sums, 0.0)
     for copy in range(1, copies):
-        for j in range(width):
-            put(sums, j, element(sums, j) + element(sums, copy * width + j))
+        for j in range(0, width, 4 * lanes(sums)):
+            more = load4(sums, copy * width + j, SCRATCH, zero)
+            store4(sums, j, load4(sums, j, SCRATCH, zero) + more, width - j)
     if inner > 1:
-        zero = spread4(sums, 0.0)
         for c in range(channels):
             at, running = c * inner, zero
             for i in range(0, inner, 4 * lanes(sums)):
@@ -127,16 +140,16 @@ def _collapse(sums, channels, inner, copies):
 @compiled
 def _expand(values, channels, inner, copies):
     """From values of channels to those of their columns, in place."""
-    width = channels * inner
+    width, zero = channels * inner, spread4(values, 0.0)
     if inner > 1:
         for k in range(channels):
             c = channels - 1 - k
-            value = element(values, c)
-            for j in range(c * inner, (c + 1) * inner):
-                put(values, j, value)
+            value = spread4(values, element(values, c))
+            for j in range(0, inner, 4 * lanes(values)):
+                store4(values, c * inner + j, value, inner - j)
     for copy in range(1, copies):
-        for j in range(width):
-            put(values, copy * width + j, element(values, j))
+        for j in range(0, width, 4 * lanes(values)):
+            store4(values, copy * width + j, load4(values, j, SCRATCH, zero), width - j)
 
 
 # ---- forward ---------------------------------------------------------------------------------------
@@ -191,8 +204,8 @@ def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean,
                 put(centre, c, element(centre, c * inner))
         for sweep in range(0 if inner * copies > 1 else 1, 3):  # the first row, the chunk, its squares
             if sweep < 2:
-                for c in range(channels):
-                    put(chunk_mean, c, element(centre, c))
+                for c in range(0, channels, WIDE):
+                    store_wide(chunk_mean, c, load_wide(centre, c, SCRATCH), SCRATCH)
             _expand(centre, channels, inner, copies)
             some = height if sweep > 0 else 1
             if sweep < 2:
@@ -201,18 +214,20 @@ def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean,
                 _squares(x, top, stride, some, columns, centre, sums)
             _collapse(sums, channels, inner, copies)
             if sweep < 2:
-                for c in range(channels):
-                    exact = element(chunk_mean, c) + element(sums, c) / (some * inner * copies)
-                    put(chunk_mean, c, exact)
-                    put(centre, c, exact)
-        for c in range(channels):
-            exact = element(chunk_mean, c)
-            more = centred_squares(element(sums, c), count, exact - rounded(x, exact))
+                for c in range(0, channels, WIDE):
+                    apart = load_wide(sums, c, SCRATCH) / (some * inner * copies)
+                    exact = load_wide(chunk_mean, c, SCRATCH) + apart
+                    store_wide(chunk_mean, c, exact, SCRATCH)
+                    store_wide(centre, c, exact, SCRATCH)
+        for c in range(0, channels, WIDE):
+            at, left, exact = into + c, channels - c, load_wide(chunk_mean, c, SCRATCH)
+            more = centred_squares(load_wide(sums, c, SCRATCH), count, exact - rounded(x, exact))
             if seen > 0:
-                more = merged_squares(element(mean, into + c), element(squares, into + c), exact, more, seen, share)
-                exact = merged_mean(element(mean, into + c), exact, share)
-            put(mean, into + c, exact)
-            put(squares, into + c, more)
+                before = load_wide(mean, at, left)
+                more = merged_squares(before, load_wide(squares, at, left), exact, more, seen, share)
+                exact = merged_mean(before, exact, share)
+            store_wide(mean, at, exact, left)
+            store_wide(squares, at, more, left)
         seen += count
 
 
@@ -244,13 +259,19 @@ def _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, me
     for part in range(1, parts):
         count = least(part_rows, outer - part * part_rows) * inner
         share = count / (seen + count)
-        for c in range(first, last):
-            at, i = top + c, top + part * channels + c
-            exact, squares = element(part_mean, at), element(part_squares, at)
-            more, more_squares = element(part_mean, i), element(part_squares, i)
-            put(part_squares, at, merged_squares(exact, squares, more, more_squares, seen, share))
-            put(part_mean, at, merged_mean(exact, more, share))
+        for c in range(first, last, WIDE):
+            at, i, left = top + c, top + part * channels + c, last - c
+            exact, squares = load_wide(part_mean, at, left), load_wide(part_squares, at, left)
+            more, more_squares = load_wide(part_mean, i, left), load_wide(part_squares, i, left)
+            store_wide(part_squares, at, merged_squares(exact, squares, more, more_squares, seen, share), left)
+            store_wide(part_mean, at, merged_mean(exact, more, share), left)
         seen += count
+    if span == 1:
+        for c in range(first, last, WIDE):
+            at, of, left = top + c, sample * channels + c, last - c
+            store_wide(mean, of, load_wide(part_mean, at, left), left)
+            store_wide(var, of, load_wide(part_squares, at, left) / seen, left)
+        return
     for statistic in range((sample * channels + first) // span, (sample * channels + last) // span):
         at = top + statistic * span - sample * channels
         apart, squares, between = 0.0, 0.0, 0.0
@@ -280,9 +301,10 @@ def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, 
                     store4(columns, of_columns + above + c, load4(lines, of_channels + c, upto - c, zero), upto - c)
                 continue
             for c in range(first, last):
-                value, at = element(lines, of_channels + c), above + c * inner
-                for j in range(at, least(at + inner, room)):
-                    put(columns, of_columns + j, value)
+                value, at = spread4(lines, element(lines, of_channels + c)), above + c * inner
+                upto = least(at + inner, room)
+                for j in range(at, upto, 4 * lanes(lines)):
+                    store4(columns, of_columns + j, value, upto - j)
 
 
 @compiled
@@ -383,9 +405,11 @@ def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, su
         if last % CHUNK == 0 or last == rows:
             for which in range(2):  # one copy of what is compiled
                 _collapse(chunk_dy if which == 0 else chunk_dy_centred, channels, inner, copies)
-            for c in range(channels):
-                put(sum_dy, into + c, element(sum_dy, into + c) + element(chunk_dy, c))
-                put(sum_dy_centred, into + c, element(sum_dy_centred, into + c) + element(chunk_dy_centred, c))
+            for c in range(0, channels, WIDE):
+                at, left = into + c, channels - c
+                more, more_centred = load_wide(chunk_dy, c, SCRATCH), load_wide(chunk_dy_centred, c, SCRATCH)
+                store_wide(sum_dy, at, load_wide(sum_dy, at, left) + more, left)
+                store_wide(sum_dy_centred, at, load_wide(sum_dy_centred, at, left) + more_centred, left)
 
 
 @compiled
@@ -394,10 +418,13 @@ def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy,
     _, _, fold, part_rows, parts = grid
     row, into = part * part_rows, (sample * parts + part) * channels + first
     rows, centre = least(part_rows, outer - row), scratch(x)
-    for c in range(group):
-        put(centre, c, element(mean, (sample * channels + first + c) // span))
-        put(part_dy, into + c, 0.0)
-        put(part_dy_centred, into + c, 0.0)
+    c = 0
+    while c < group:
+        count = together(first + c, first + group, span)
+        store_wide(centre, c, of_channels(mean, sample * channels + first + c, span, count), count)
+        store_wide(part_dy, into + c, spread_wide(0.0), count)
+        store_wide(part_dy_centred, into + c, spread_wide(0.0), count)
+        c += count
     _expand(centre, group, inner, fold)
     for section in range(2):
         above, folded, copies = _section(section, rows, fold)
@@ -410,20 +437,17 @@ def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy,
 def _add_parts(
     x, sample, channels, span, parts, part_dy, part_dy_centred, mean, var, eps, sum_dy, sum_dy_xhat, first, last,
 ):  # fmt: skip
-    above, top = sample * channels, sample * parts * channels
-    for c in range(above + first, above + last):
-        put(sum_dy, c, 0.0)
-        put(sum_dy_xhat, c, 0.0)
-    for part in range(parts):
-        for c in range(first, last):
-            i = top + part * channels + c
-            put(sum_dy, above + c, element(sum_dy, above + c) + element(part_dy, i))
-            put(sum_dy_xhat, above + c, element(sum_dy_xhat, above + c) + element(part_dy_centred, i))
-    for statistic in range((above + first) // span, (above + last) // span):
-        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
-        rest = middle - rounded(x, middle)
-        for c in range(statistic * span, (statistic + 1) * span):
-            put(sum_dy_xhat, c, sum_times_xhat(factor, rest, element(sum_dy, c), element(sum_dy_xhat, c)))
+    c = first
+    while c < last:
+        at, count = sample * channels + c, together(c, last, span)
+        total_dy, centred = spread_wide(0.0), spread_wide(0.0)
+        for i in range(sample * parts * channels + c, (sample + 1) * parts * channels, channels):
+            total_dy += load_wide(part_dy, i, count)
+            centred += load_wide(part_dy_centred, i, count)
+        middle, factor = of_channels(mean, at, span, count), rstd(of_channels(var, at, span, count), eps)
+        store_wide(sum_dy, at, total_dy, count)
+        store_wide(sum_dy_xhat, at, sum_times_xhat(factor, middle - rounded(x, middle), total_dy, centred), count)
+        c += count
 
 
 @compiled

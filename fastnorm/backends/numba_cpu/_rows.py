@@ -24,7 +24,6 @@ from fastnorm.backends.numba_cpu._scalars import (
     gradient_line,
     input_gradient,
     least,
-    rounded,
     rstd,
     sum_times_xhat,
 )
@@ -38,6 +37,7 @@ from fastnorm.backends.numba_cpu._vectors import (
     load_part,
     prefetch,
     put,
+    rounded,
     spread,
     spread4,
     store4,

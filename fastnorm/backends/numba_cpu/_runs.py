@@ -38,22 +38,26 @@ from fastnorm.backends.numba_cpu._scalars import (
     merged_mean,
     merged_squares,
     normalized,
-    rounded,
     rstd,
     sum_times_xhat,
 )
 from fastnorm.backends.numba_cpu._tasks import hand_out
 from fastnorm.backends.numba_cpu._vectors import (
+    WIDE,
     element,
     fence,
     lanes,
     load,
     load4,
     load_part,
+    load_wide,
     prefetch,
     put,
+    rounded,
     spread,
     spread4,
+    spread_wide,
+    store_wide,
     total,
 )
 
@@ -208,20 +212,32 @@ def _merge_parts(outer, inner, tiles, part_mean, part_squares, mean, var, first,
 
 
 @compiled
+def together(c, last, span):
+    """How many channels from c on are worked on at once: some of one statistic, where `span` of them share it."""
+    return least(least(WIDE, last - c), span - c % span if span > 1 else WIDE)
+
+
+@compiled
+def of_channels(values, c, span, count):
+    """The values of their statistics for channels from c on."""
+    return load_wide(values, c, count) if span == 1 else spread_wide(element(values, c // span))
+
+
+@compiled
 def normalizing_lines(x, mean, var, eps, parameters, span, period, lines, length, first, last):
     """The coefficients of channels first..last: `lines` holds `length` centres, then the scales, then the shifts."""
     gamma, gamma_mask, beta, beta_mask = parameters
-    offset = first - first % period
-    for statistic in range(first // span, last // span):
-        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
-        top = statistic * span
-        offset += period if top - offset == period else 0
-        for c in range(top, top + span):
-            gain, lift = element(gamma, (c - offset) & gamma_mask), element(beta, (c - offset) & beta_mask)
-            line = affine_line(x, middle, factor, gain, lift)
-            put(lines, c, line[0])
-            put(lines, length + c, line[1])
-            put(lines, 2 * length + c, line[2])
+    c = first
+    while c < last:
+        at = c % period
+        count = least(together(c, last, span), period - at)
+        middle, factor = of_channels(mean, c, span, count), rstd(of_channels(var, c, span, count), eps)
+        gain, lift = load_wide(gamma, at & gamma_mask, count), load_wide(beta, at & beta_mask, count)
+        line = affine_line(x, middle, factor, gain, lift)
+        store_wide(lines, c, line[0], count)
+        store_wide(lines, length + c, line[1], count)
+        store_wide(lines, 2 * length + c, line[2], count)
+        c += count
 
 
 @compiled
@@ -329,23 +345,31 @@ def gradient_lines(x, mean, var, eps, factors, span, period, sum_dy, sum_dy_xhat
     A gamma is a factor of dx, or, where channels share their statistics, the gain of dy alone.
     """
     gamma, gamma_mask, gain, gain_mask = factors
-    offset = first - first % period
-    for statistic in range(first // span, last // span):
-        middle, factor = element(mean, statistic), rstd(element(var, statistic), eps)
-        top, total_dy, total_dy_xhat = statistic * span, 0.0, 0.0
-        offset += period if top - offset == period else 0
-        for c in range(top, top + span):
-            weight = element(gain, (c - offset) & gain_mask)
-            total_dy += element(sum_dy, c) * weight
-            total_dy_xhat += element(sum_dy_xhat, c) * weight
-        for c in range(top, top + span):
-            scale = factor * element(gamma, (c - offset) & gamma_mask)
-            line = gradient_line(x, middle, factor, scale, total_dy / count, total_dy_xhat / count)
-            put(lines, c, line[0])
-            put(lines, length + c, line[1])
-            put(lines, 2 * length + c, line[2])
-            put(lines, 3 * length + c, line[3])
-            put(lines, 4 * length + c, element(gain, (c - offset) & gain_mask))
+    mean_dy, mean_dy_xhat = spread_wide(0.0), spread_wide(0.0)
+    c = first
+    while c < last:
+        at = c % period
+        some = least(together(c, last, span), period - at)
+        middle, factor = of_channels(mean, c, span, some), rstd(of_channels(var, c, span, some), eps)
+        weight = load_wide(gain, at & gain_mask, some)
+        if span == 1:
+            mean_dy = load_wide(sum_dy, c, some) * weight / count
+            mean_dy_xhat = load_wide(sum_dy_xhat, c, some) * weight / count
+        elif c % span == 0:
+            total_dy, total_dy_xhat = 0.0, 0.0
+            for i in range(span):
+                weight_of_one = element(gain, (at + i) & gain_mask)
+                total_dy += element(sum_dy, c + i) * weight_of_one
+                total_dy_xhat += element(sum_dy_xhat, c + i) * weight_of_one
+            mean_dy, mean_dy_xhat = spread_wide(total_dy / count), spread_wide(total_dy_xhat / count)
+        scale = factor * load_wide(gamma, at & gamma_mask, some)
+        line = gradient_line(x, middle, factor, scale, mean_dy, mean_dy_xhat)
+        store_wide(lines, c, line[0], some)
+        store_wide(lines, length + c, line[1], some)
+        store_wide(lines, 2 * length + c, line[2], some)
+        store_wide(lines, 3 * length + c, line[3], some)
+        store_wide(lines, 4 * length + c, weight, some)
+        c += some
 
 
 @compiled

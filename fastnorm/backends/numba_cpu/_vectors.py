@@ -1,7 +1,8 @@
 """Vectors of elements: a type for Numba, its arithmetic, and how it gets from and to memory.
 
 A vector is a line of 64 bytes of numbers to compute with, 16 float32 or 8 float64, or, where a name ends in 4,
-four lines: what sums need to hide the latency of additions. LLVM splits it into what the machine has, so the order
+four lines: what sums need to hide the latency of additions. Coefficients are computed as `WIDE` float64, what a line of
+float32 becomes. LLVM splits a vector into what the machine has, so the order
 of additions is the same everywhere, written down in the kernels and not up to the compiler. (Additions that LLVM
 might reorder gave other bits from Numba's disk cache than freshly compiled.) Vectors also compile faster than loops
 that LLVM must find them in, and allow what those cannot say: stores past the cache, which need whole aligned lines.
@@ -24,9 +25,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
+from fastnorm.backends import numba_formulas as formulas
+
 FLOAT16 = types.uint16
 BFLOAT16 = types.int16
 LINE_BYTES = 64
+WIDE = 16
 
 I32 = ir.IntType(32)
 WORD = ir.IntType(64)
@@ -49,19 +53,36 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _define(symbol: Any, instruction: str) -> None:
+    """An operator between vectors, or a vector and a number, which then stands in every lane."""
+
     @type_callable(symbol)
     def typed(context: Any) -> Any:
-        return lambda a, b: a if isinstance(a, Vector) and a == b else None
+        def result(a: Any, b: Any) -> Any:
+            vectors = [operand for operand in (a, b) if isinstance(operand, Vector)]
+            others = [operand for operand in (a, b) if operand not in vectors[:1]]
+            return vectors[0] if vectors and all(isinstance(other, types.Number) for other in others) else None
+
+        return result
 
     @lower_builtin(symbol, Vector, Vector)
+    @lower_builtin(symbol, Vector, types.Number)
+    @lower_builtin(symbol, types.Number, Vector)
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return getattr(builder, instruction)(*arguments)
+        vector = signature.return_type
+        operands = (
+            value
+            if kind == vector
+            else _spread(builder, context.cast(builder, value, kind, vector.element), vector.lanes)
+            for kind, value in zip(signature.args, arguments, strict=True)
+        )
+        return getattr(builder, instruction)(*operands)
 
 
 _define(operator.add, "fadd")
 _define(operator.iadd, "fadd")
 _define(operator.sub, "fsub")
 _define(operator.mul, "fmul")
+_define(operator.truediv, "fdiv")
 
 
 def accumulation(array: types.Array) -> types.Float:
@@ -220,28 +241,42 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     return result(array, types.intp), generate
 
 
+def _load_some(builder: Any, array: types.Array, address: Any, size: int, count: Any, otherwise: Any) -> Any:
+    """A vector of elements, but only `count` of them where these are fewer, the other lanes being those of `otherwise`.
+    One place in a loop for whole vectors and its end, which thus compile once."""
+    lanes = address.type.pointee.count
+    with builder.if_else(builder.icmp_signed(">=", count, WORD(lanes)), likely=True) as (whole, part):
+        with whole:
+            all_lanes = _widened(builder, array, _loaded(builder, address, size))
+            from_whole = builder.block
+        with part:
+            mask = _between(builder, WORD(0), count, lanes)
+            some = builder.select(mask, _widened(builder, array, _masked_load(builder, address, size, mask)), otherwise)
+            from_part = builder.block
+    vector = builder.phi(all_lanes.type)
+    vector.add_incoming(all_lanes, from_whole)
+    vector.add_incoming(some, from_part)
+    return vector
+
+
+def _store_some(builder: Any, elements: Any, address: Any, size: int, count: Any) -> None:
+    lanes = elements.type.count
+    with builder.if_else(builder.icmp_signed(">=", count, WORD(lanes)), likely=True) as (whole, part):
+        with whole:
+            builder.store(elements, address, align=size)
+        with part:
+            _masked_store(builder, elements, address, size, _between(builder, WORD(0), count, lanes))
+
+
 @intrinsic
 def load4(typing: Any, array: Any, index: Any, count: Any, otherwise: Any) -> Any:
     """Four lines of elements from this one on, but only `count` of them where these are fewer, the other lanes
-    being those of `otherwise`. One place in a loop for whole vectors and its end, which thus compile once."""
+    being those of `otherwise`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array_value, index, count, otherwise_value = arguments
         address, size = _place(context, builder, array, array_value, index, otherwise)
-        with builder.if_else(builder.icmp_signed(">=", count, WORD(otherwise.lanes)), likely=True) as (whole, part):
-            with whole:
-                all_lanes = _widened(builder, array, _loaded(builder, address, size))
-                from_whole = builder.block
-            with part:
-                mask = _between(builder, WORD(0), count, otherwise.lanes)
-                some = builder.select(
-                    mask, _widened(builder, array, _masked_load(builder, address, size, mask)), otherwise_value
-                )
-                from_part = builder.block
-        vector = builder.phi(all_lanes.type)
-        vector.add_incoming(all_lanes, from_whole)
-        vector.add_incoming(some, from_part)
-        return vector
+        return _load_some(builder, array, address, size, count, otherwise_value)
 
     return otherwise(array, types.intp, types.intp, otherwise), generate
 
@@ -253,12 +288,7 @@ def store4(typing: Any, array: Any, index: Any, vector: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array_value, index, elements, count = arguments
         address, size = _place(context, builder, array, array_value, index, vector)
-        elements = _narrowed(builder, array, elements)
-        with builder.if_else(builder.icmp_signed(">=", count, WORD(vector.lanes)), likely=True) as (whole, part):
-            with whole:
-                builder.store(elements, address, align=size)
-            with part:
-                _masked_store(builder, elements, address, size, _between(builder, WORD(0), count, vector.lanes))
+        _store_some(builder, _narrowed(builder, array, elements), address, size, count)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector, types.intp), generate
@@ -361,15 +391,129 @@ def checked_weights(typing: Any, weights: Any) -> Any:
     return weights(weights), generate
 
 
+# ---- coefficients: float64, and intrinsics of one number or a vector of them -----------------------
+
+_WIDE = Vector(types.float64, WIDE * 8 // LINE_BYTES)
+
+
+def _wide_place(context: Any, builder: Any, array: types.Array, value: Any, index: Any) -> Any:
+    return _place(context, builder, array, value, index, Vector(array.dtype, WIDE * array.dtype.bitwidth // 512))
+
+
 @intrinsic
-def weighted(typing: Any, weights: Any, values: Any) -> Any:
-    """The values, 0 where the weight is 0."""
+def load_wide(typing: Any, array: Any, index: Any, count: Any) -> Any:
+    """WIDE numbers of an array of float32 or float64, or `count` where these are fewer, the other lanes being 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_value, index, count = arguments
+        address, size = _wide_place(context, builder, array, array_value, index)
+        zeros = ir.Constant(address.type.pointee, None)
+        vector = _load_some(builder, array, address, size, count, zeros)
+        return vector if array.dtype == types.float64 else builder.fpext(vector, context.get_value_type(_WIDE))
+
+    return _WIDE(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def store_wide(typing: Any, array: Any, index: Any, vector: Any, count: Any) -> Any:
+    """Write them, or `count` where these are fewer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_value, index, elements, count = arguments
+        address, size = _wide_place(context, builder, array, array_value, index)
+        if array.dtype == types.float32:
+            elements = builder.fptrunc(elements, address.type.pointee)
+        _store_some(builder, elements, address, size, count)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _WIDE, types.intp), generate
+
+
+@intrinsic
+def spread_wide(typing: Any, value: Any) -> Any:
+    """A number in every lane."""
+    return _WIDE(types.float64), lambda context, builder, signature, values: _spread(builder, values[0], WIDE)
+
+
+def _like(value: Any, element: Any) -> Any:
+    """The type of a number, or of a vector of as many as the value has."""
+    return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
+
+
+def _constant(value: Any, number: float) -> Any:
+    """A number as a constant of the value's type."""
+    vector = isinstance(value.type, ir.VectorType)
+    return ir.Constant(value.type, [number] * value.type.count if vector else number)
+
+
+@intrinsic
+def rounded(typing: Any, array: Any, value: Any) -> Any:
+    """A float64 rounded to the type in which the array's elements are computed with."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = arguments[1]
+        if accumulation(array) == types.float64:
+            return wide
+        return builder.fpext(builder.fptrunc(wide, _like(wide, ir.FloatType())), wide.type)
+
+    return value(array, value), generate
+
+
+@intrinsic
+def bounded(typing: Any, array: Any, value: Any) -> Any:
+    """`formulas.bounded` for that type."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = arguments[1]
+        if accumulation(array) == types.float64:
+            return wide
+        for sign, greater, less in ((1.0, ">", "<"), (-1.0, "<", ">")):
+            largest, infinite = (_constant(wide, sign * number) for number in (formulas.LARGEST_FLOAT32, math.inf))
+            beyond = builder.and_(
+                builder.fcmp_ordered(greater, wide, largest), builder.fcmp_ordered(less, wide, infinite)
+            )
+            wide = builder.select(beyond, largest, wide)
+        return wide
+
+    return value(array, value), generate
+
+
+@intrinsic
+def root(typing: Any, value: Any) -> Any:
+    """The square root."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = arguments[0].type
+        name = f"v{kind.count}f64" if isinstance(kind, ir.VectorType) else "f64"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), f"llvm.sqrt.{name}")
+        return builder.call(function, arguments)
+
+    return value(value), generate
+
+
+@intrinsic
+def where_nonzero(typing: Any, condition: Any, value: Any) -> Any:
+    """The value, 0 where the condition is 0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         zero = ir.Constant(arguments[1].type, None)
         return builder.select(builder.fcmp_unordered("!=", arguments[0], zero), arguments[1], zero)
 
-    return values(weights, values), generate
+    return value(condition, value), generate
+
+
+@intrinsic
+def not_negative(typing: Any, value: Any) -> Any:
+    """The value, 0 where it is negative."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zero = ir.Constant(arguments[0].type, None)
+        return builder.select(builder.fcmp_ordered("<", arguments[0], zero), zero, arguments[0])
+
+    return value(value), generate
+
+
+# ---- single elements --------------------------------------------------------------------------------
 
 
 @intrinsic

@@ -20,7 +20,7 @@ from fastnorm.backends.numba_cpu._columns import CHUNK, PART, TOGETHER, WIDTH
 from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._runs import FINISH, PART_BLOCKS, SUMS, block_of
-from fastnorm.backends.numba_cpu._scalars import centred_squares, least, rounded
+from fastnorm.backends.numba_cpu._scalars import centred_squares, least
 from fastnorm.backends.numba_cpu._tasks import hand_out
 from fastnorm.backends.numba_cpu._vectors import (
     SCRATCH,
@@ -29,11 +29,12 @@ from fastnorm.backends.numba_cpu._vectors import (
     lanes,
     load4,
     put,
+    rounded,
     scratch,
     spread4,
     store4,
     total,
-    weighted,
+    where_nonzero,
 )
 
 Cut = tuple[int, int, int, _runs.Tiles]
@@ -87,7 +88,7 @@ def _block(x, weights, start, stride, weight_start, weight_stride, runs, length,
                 at, weight_at = start + run * stride, weight_start + run * weight_stride
                 for i in range(0, length, 4 * lanes(x)):
                     weight = checked_weights(load4(weights, weight_at + i, length - i, zero))
-                    deviation = weighted(weight, load4(x, at + i, length - i, middle) - middle)
+                    deviation = where_nonzero(weight, load4(x, at + i, length - i, middle) - middle)
                     product = weight * deviation
                     sum_w += weight
                     sums += product
@@ -133,7 +134,7 @@ def _sum_down(x, weights, each, row, rows, channels, first, columns, centre, sum
                 at, count = r * channels + first + j, columns - j
                 of_row = zero if each else spread4(x, element(weights, r))
                 weight = checked_weights(load4(weights, at, count if each else 0, of_row))
-                deviation = weighted(weight, load4(x, at, count, middle) - middle)
+                deviation = where_nonzero(weight, load4(x, at, count, middle) - middle)
                 product = weight * deviation
                 running_w += weight
                 running += product
