@@ -5,6 +5,8 @@
 #ifdef _OPENMP
 #include <omp.h>
 #include <pthread.h>
+
+#include <vector>
 #endif
 
 namespace fastnorm {
@@ -19,14 +21,41 @@ void set_num_threads(int count) { threads.store(count, std::memory_order_relaxed
 
 #ifdef _OPENMP
 
+namespace {
+
+// The tasks of one thread, on a cache line of their own.
+struct alignas(64) Share {
+  std::atomic<std::size_t> next;
+  std::size_t end;
+};
+
+}  // namespace
+
+// Each thread has the same tasks call after call and takes others' only when its own are done, so that what it read and
+// wrote in the last call is still in its own caches. Against every task to whichever thread is free: LayerNorm (2048,
+// 1024) forward 220 to 151 us in the state of this machine where a parallel region takes 2 us, as if its two cores had
+// an L3 each, and (4096, 1024) 464 to 416 where it takes 0.8.
 void run_tasks(std::size_t count, Task task, void* context) {
-  const int wanted = count < static_cast<std::size_t>(num_threads()) ? static_cast<int>(count) : num_threads();
-  if (wanted <= 1 || omp_in_parallel()) {
+  const std::size_t sharers = count < static_cast<std::size_t>(num_threads()) ? count : num_threads();
+  if (sharers <= 1 || omp_in_parallel()) {
     for (std::size_t i = 0; i < count; ++i) task(context, i, 0);
     return;
   }
-#pragma omp parallel for num_threads(wanted) schedule(dynamic, 1)
-  for (std::size_t i = 0; i < count; ++i) task(context, i, omp_get_thread_num());
+  std::vector<Share> shares(sharers);
+  for (std::size_t s = 0; s < sharers; ++s) {
+    shares[s].next.store(count * s / sharers, std::memory_order_relaxed);
+    shares[s].end = count * (s + 1) / sharers;
+  }
+#pragma omp parallel num_threads(static_cast<int>(sharers))
+  {
+    const int worker = omp_get_thread_num();
+    for (std::size_t s = 0; s < sharers; ++s) {
+      Share& share = shares[(worker + s) % sharers];
+      for (std::size_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+        task(context, i, worker);
+      }
+    }
+  }
 }
 
 const char* threading() { return "openmp"; }

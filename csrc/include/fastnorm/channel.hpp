@@ -121,11 +121,11 @@ struct ChannelCall {
   // channel, then what the geometry needs for itself: per worker.
   size_t partial_doubles() const {
     const size_t most = joins() ? std::max(groups(), joined().cut.groups) : groups();
-    return (2 * most + 2) * plan.slab;
+    return (2 * most + 2) * first_slab();
   }
   // Coefficients of a slab: four arrays of a value for each channel, spread as the geometry reads them.
   size_t coefficients() const { return 4 * coefficient_room(); }
-  size_t coefficient_room() const { return geometry.spread_length(plan.slab) + kPadding<A>; }
+  size_t coefficient_room() const { return geometry.spread_length(first_slab()) + kPadding<A>; }
 
   // Channels [c0, c1) of a sample; where `outer` is 1 also of those that follow, whose channels come next in memory.
   struct Slab {
@@ -137,12 +137,13 @@ struct ChannelCall {
     size_t width() const { return c1 - c0; }
   };
 
-  // Slabs start where lines of the output start, if all rows are aligned alike: the first one is narrower.
+  // Slabs start where lines of the output start, if all rows are aligned alike: the first one is wider. (Narrower it
+  // left one slab more, of a few columns: BatchNorm (256, 1024) forward took 30.9 us instead of 29.2.)
   size_t first_slab() const {
     const size_t line = kLineBytes / sizeof(T);
     const bool alike = geometry.cut.side_by_side && channels() % line == 0;
     if (out == nullptr || !alike || span > 1 || plan.slab >= channels() || plan.slab < 2 * line) return plan.slab;
-    return plan.slab - reinterpret_cast<std::uintptr_t>(out) % kLineBytes / sizeof(T);
+    return plan.slab + (line - reinterpret_cast<std::uintptr_t>(out) % kLineBytes / sizeof(T)) % line;
   }
   size_t slabs() const {
     const size_t first = first_slab();
@@ -157,9 +158,9 @@ struct ChannelCall {
     const size_t end = plan.slab > channels() ? samples_left * channels() : channels();
     s.c1 = std::min(end, first_slab() + index * plan.slab);
     s.rstd = partials;
-    s.mean = span == 1 ? mean + s.c0 : partials + plan.slab;
-    s.first = partials + 2 * plan.slab;
-    s.second = partials + partial_doubles() / 2 + plan.slab;
+    s.mean = span == 1 ? mean + s.c0 : partials + first_slab();
+    s.first = partials + 2 * first_slab();
+    s.second = partials + partial_doubles() / 2 + first_slab();
     const size_t room = coefficient_room();
     const Coefficients<A> k{coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
     s.k = out == nullptr ? k : k.from(geometry.shift(out + s.c0 * geometry.shape.inner));
@@ -321,7 +322,7 @@ struct ChannelCall {
     const auto some = [&](size_t task, int worker, auto loop) {
       const size_t b = task / tasks_a_bundle, first = task % tasks_a_bundle * per_task;
       const size_t w = static_cast<size_t>(worker), end = std::min(slabs, first + per_task),
-                   last = std::min(samples, (b + 1) * bundle), next_task = task + sets;
+                   last = std::min(samples, (b + 1) * bundle), next_task = task + 1;
       double* partial = partials.data() + w * partial_doubles();
       A* lines = rest.data() + w * coefficients();
       for (size_t n = b * bundle; n < last; n += at_once) {
