@@ -526,12 +526,18 @@ def parameter(name: str, value: Any, x: Array, axes: Axes, dtype: np.dtype[Any])
     return given, _arrays.flat(given, dtype)
 
 
-def gradient(total: Array | None, parameter: Array | None) -> Array | None:
-    """A parameter's gradient in its own shape and floating dtype (float64 for integers); None for None."""
+def gradients(
+    sum_dout_xhat: Array | None, sum_dout: Array | None, gamma: Array | None, beta: Array | None
+) -> tuple[Array | None, Array | None]:
+    """Those of gamma and beta, each in its own shape and floating dtype (float64 for integers); None for None."""
+    if (found := plain_gradients(sum_dout_xhat, sum_dout, gamma, beta)) is not None:
+        return found
+    return _gradient(sum_dout_xhat, gamma), _gradient(sum_dout, beta)
+
+
+def _gradient(total: Array | None, parameter: Array | None) -> Array | None:
     if total is None or parameter is None:
         return None
-    if type(parameter) is np.ndarray and parameter.dtype is FLOAT32 and parameter.ndim == 1:  # the usual, 0.2 us less
-        return total.astype(FLOAT32)
     parameter = as_array("parameter", parameter)
     dtype = parameter.dtype if parameter.dtype.kind not in "biu" else FLOAT64
     return _arrays.handed(total.astype(dtype).reshape(parameter.shape))
@@ -546,8 +552,8 @@ def gradient(total: Array | None, parameter: Array | None) -> Array | None:
 # lie last in memory, and gives the sizes of the channel view. `plain_reduction` takes any dense x and the axes of
 # `moments`, where what is kept lies in the order of the axes, side by side and perhaps outermost, too, and gives the
 # sizes of a group view, a group for each channel, and the shape of the statistics; `plain_normalization` takes float64
-# statistics of one axis. Everything else, errors included, is worked out by the functions above, as is everything where
-# the extension is missing.
+# statistics of one axis; `plain_gradients` makes those of 1-D parameters from float64 sums. Everything else, errors
+# included, is worked out by the functions above, as is everything where the extension is missing.
 plain: Callable[[Any, Any, Any, int], bool]
 plain_backward: Callable[[Any, Any, Any, Any, int], bool]
 plain_channels: Callable[[Any, Any, Any, int], tuple[int, int, int] | None]
@@ -555,7 +561,9 @@ plain_channels_backward: Callable[[Any, Any, Any, Any, int], tuple[int, int, int
 plain_reduction: Callable[[Any, Any, bool], tuple[int, int, int, int, tuple[int, ...]] | None]
 plain_normalization: Callable[[Any, Any, Any, Any, Any], tuple[int, int, int] | None]
 plain_out: Callable[..., bool]
+plain_gradients: Callable[[Any, Any, Any, Any], tuple[Array | None, Array | None] | None]
 try:
+    from fastnorm._core import gradients as plain_gradients
     from fastnorm._core import (
         plain,
         plain_backward,
@@ -588,13 +596,18 @@ except ImportError:
     def plain_out(out: Any, x: Any, /, *others: Any) -> bool:
         return False
 
+    def plain_gradients(
+        sum_dout_xhat: Any, sum_dout: Any, gamma: Any, beta: Any, /
+    ) -> tuple[Array | None, Array | None] | None:
+        return None
+
 
 # ---- axes -----------------------------------------------------------------------------------------
 
 
 def checked_axis(axis: Any, ndim: int, name: str = "axis") -> int:
     """A single axis as a number from 0 to ndim - 1."""
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+    if type(axis) is not int and (isinstance(axis, bool) or not hasattr(axis, "__index__")):
         raise TypeError(f"{name}: expected a whole number, got {axis!r}")
     number = int(axis.__index__())
     if not -ndim <= number < ndim:

@@ -24,12 +24,14 @@ CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in
 _SHARE = 8
 """The pool may hold an eighth of the memory: 3 GB of 24, so that a forward and a backward of 1 GB profit both."""
 
-# Like numpy.empty and numpy.empty_like(subok=False), from the pool where that is worth it.
+# Like numpy.empty and numpy.empty_like(subok=False), from the pool where that is worth it. `pair` makes two vectors of
+# float64.
 empty: Callable[[Sequence[int], np.dtype[Any]], _Array]
 empty_like: Callable[..., _Array]
+pair: Callable[[int], tuple[_Array, _Array]]
 try:
     from fastnorm._core import clear_output_pool as _clear
-    from fastnorm._core import empty, empty_like
+    from fastnorm._core import empty, empty_like, pair
     from fastnorm._core import output_pool as _state
     from fastnorm._core import set_output_pool as _set_limit
 except ImportError:  # NumPy allocates, and the limit stays 0
@@ -39,6 +41,9 @@ except ImportError:  # NumPy allocates, and the limit stays 0
 
     def empty_like(prototype: _Array, dtype: np.dtype[Any] | None = None, /) -> _Array:
         return np.empty_like(prototype, dtype=dtype, subok=False)
+
+    def pair(length: int, /) -> tuple[_Array, _Array]:
+        return np.empty(length), np.empty(length)
 
     def _state() -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 0

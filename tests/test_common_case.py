@@ -278,26 +278,132 @@ def test_an_axis_that_is_not_there_goes_the_long_way():
         assert _layout.plain_channels_backward(dout, x, gamma, beta, axis) is None
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_both_ways_of_the_running_average_give_equal_bits(dtype, monkeypatch):
+HOSTILE = (np.nan, np.inf, -0.0)
+
+
+def vectors(dtype="float32", length=1000):
+    """Running mean and variance, a batch's, and the parameters, of all magnitudes."""
     rng = np.random.default_rng(0)
-    running = (rng.standard_normal(1000) * 10.0 ** rng.integers(-30, 30, 1000)).astype(dtype)
-    batch = rng.standard_normal(1000) * 10.0 ** rng.integers(-30, 30, 1000)
-    running[:3], batch[3:6] = (np.nan, np.inf, -0.0), (np.nan, np.inf, -0.0)
-    short = _arguments._updated(running, batch, 0.9, np.dtype(np.float32))
-    monkeypatch.setattr(_arguments, "_running_average", lambda *arguments: None)
-    long = _arguments._updated(running, batch, 0.9, np.dtype(np.float32))
-    assert short.dtype == long.dtype == running.dtype
-    assert short.tobytes() == long.tobytes()
-    assert not np.shares_memory(short, running)
+    found = [rng.standard_normal(length) * 10.0 ** rng.integers(-30, 30, length) for _ in range(6)]
+    for number, values in enumerate(found):
+        values[3 * number : 3 * number + 3] = HOSTILE
+    return [values.astype(dtype) for values in found[:2]], found[2:4], [values.astype(dtype) for values in found[4:]]
+
+
+def bits(arrays):
+    return [(array.dtype, array.shape, array.tobytes()) for array in arrays]
+
+
+@pytest.mark.parametrize("correction", [1.0, 4 / 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_both_ways_of_the_running_averages_give_equal_bits(dtype, correction, monkeypatch):
+    running, batch, _ = vectors(dtype)
+    arguments = running, *batch, 0.9, correction, np.dtype(np.float16)
+    assert _arguments._running_averages(*running, *batch, 0.9, correction) is not None
+    short = _arguments._averages(*arguments)
+    monkeypatch.setattr(_arguments, "_running_averages", lambda *arguments: None)
+    assert bits(short) == bits(_arguments._averages(*arguments))
+    assert not any(np.shares_memory(new, old) for new, old in zip(short, running, strict=True))
+
+
+NO_VECTORS = [
+    np.zeros(8, np.float16), np.zeros(8, np.int64), np.zeros((1, 8)), np.zeros(16)[::2], np.zeros(7), [0.0] * 8,
+    np.zeros(8, ">f8"), np.zeros(8).view(Named),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [*NO_VECTORS, None])
+def test_other_running_statistics_go_the_long_way(other):
+    good = np.ones(8)
+    assert _arguments._running_averages(good, good, good, good, 0.9, 1.0) is not None
+    for place in range(4):
+        found = [good] * 4
+        found[place] = other
+        assert _arguments._running_averages(*found, 0.9, 1.0) is None
+    assert _arguments._plain_constants(good, good, 8) is not None
+    assert _arguments._plain_constants(good, other, 8) is None
+    assert _arguments._plain_constants(other, good, 8) is None
+
+
+def test_statistics_of_a_batch_are_float64_for_the_short_way():
+    single = np.ones(8, np.float32)
+    assert _arguments._running_averages(single, single, np.ones(8), single, 0.9, 1.0) is None
+    assert _arguments._running_averages(single, single, single, np.ones(8), 0.9, 1.0) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_both_ways_of_constants_give_equal_bits(dtype, monkeypatch):
+    running, _, _ = vectors(dtype)
+    options = _arguments.DEFAULTS._replace(frozen=True, running_mean=running[0], running_var=running[1])
+    short = _arguments.constants(options)
+    monkeypatch.setattr(_arguments, "_plain_constants", lambda *arguments: None)
+    assert bits(short) == bits(_arguments.constants(options))
+    assert not any(np.shares_memory(copy, of) for copy, of in zip(short, running, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_both_ways_of_gradients_give_equal_bits(dtype, monkeypatch):
+    _, sums, parameters = vectors(dtype)
+    sums[0][20] = 1e300
+    short = _layout.gradients(*sums, *parameters)
+    assert _layout.gradients(*sums, None, parameters[1])[0] is None
+    assert _layout.gradients(*sums, parameters[0], None)[1] is None
+    monkeypatch.setattr(_layout, "plain_gradients", lambda *arguments: None)
+    assert bits(short) == bits(_layout.gradients(*sums, *parameters))
+
+
+@pytest.mark.parametrize("other", NO_VECTORS)
+def test_other_gradients_go_the_long_way(other):
+    sums, good = np.ones(8), np.ones(8, np.float32)
+    assert _layout.plain_gradients(sums, sums, good, None) is not None
+    assert _layout.plain_gradients(sums, sums, other, None) is None
+    assert _layout.plain_gradients(sums, sums, good, other) is None
+    assert _layout.plain_gradients(other, sums, good, good) is None
+    assert _layout.plain_gradients(None, sums, good, good) is None
+    assert _layout.plain_gradients(good, sums, good, good) is None
+
+
+RUNNING = np.linspace(1, 2, 8)
 
 
 @pytest.mark.parametrize(
-    "running",
+    "param",
     [
-        np.zeros(8, np.float16), np.zeros(8, np.int64), np.zeros((1, 8)), np.zeros(16)[::2], np.zeros(7), [0.0] * 8,
-        np.zeros(8, ">f8"), np.zeros(8).view(Named),
+        {}, {"mode": "train"}, {"mode": "test"}, {"eps": 0.0}, {"eps": 1e300, "momentum": 1.0}, {"momentum": 0.0},
+        {"running_mean": None}, {"running_var": RUNNING, "running_mean": RUNNING.astype(np.float32)},
+        {"momentum": 0.5, "running_var": RUNNING, "mode": "test", "running_mean": RUNNING, "eps": 1e-3},
     ],
+    ids=str,
 )  # fmt: skip
-def test_other_running_statistics_go_the_long_way(running):
-    assert _arguments._running_average(running, np.ones(8), 0.9) is None
+def test_both_ways_of_options_give_the_same(param, monkeypatch):
+    x = np.ones((4, 8), np.float32)
+    assert _arguments._plain_options(param, 8, _arguments.DEFAULTS) is not None
+    short = _arguments.running_options("bn_param", param, x, 8)
+    assert type(short) is _arguments.BatchnormOptions
+    monkeypatch.setattr(_arguments, "_plain_options", lambda *arguments: None)
+    long = _arguments.running_options("bn_param", param, x, 8)
+    for one, other in zip(short, long, strict=True):
+        assert one is other or (one == other and type(one) is type(other) is float)
+
+
+@pytest.mark.parametrize(
+    "param",
+    [
+        {"mode": "eval"}, {"mode": None}, {"mode": "".join("test")}, {"eps": -1e-5}, {"eps": np.nan}, {"eps": np.inf},
+        {"eps": 0}, {"eps": np.float32(0)}, {"momentum": 1.5}, {"momentum": None}, {"momentum": True}, {"Mode": "test"},
+        {"convention": "cs231n"}, {"skip_nonfinite": False}, {1: 2}, None, [], (), type("Options", (dict,), {})(),
+        *({"running_mean": other} for other in NO_VECTORS), *({"running_var": other} for other in NO_VECTORS),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_options_go_the_long_way(param):
+    assert _arguments._plain_options(param, 8, _arguments.DEFAULTS) is None
+
+
+def test_words_that_are_not_those_of_source_code_are_read_too():
+    mode, word = "".join(["mo", "de"]), "".join(["te", "st"])
+    out, _ = fastnorm.batchnorm_forward(
+        np.ones((4, 8)), None, None, {mode: word, "running_mean": RUNNING, "running_var": RUNNING}
+    )
+    np.testing.assert_allclose(out[0], (1 - RUNNING) / np.sqrt(RUNNING + 1e-5))

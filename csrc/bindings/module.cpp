@@ -13,8 +13,9 @@
 
 namespace py = pybind11;
 
-void register_memory(py::module_& m);  // memory.cpp
-void register_plain(py::module_& m);   // plain.cpp
+void register_memory(py::module_& m);   // memory.cpp
+void register_plain(py::module_& m);    // plain.cpp
+void register_vectors(py::module_& m);  // vectors.cpp
 
 namespace {
 
@@ -317,4 +318,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   register_machine(m);
   register_memory(m);
   register_plain(m);
+  register_vectors(m);
 }

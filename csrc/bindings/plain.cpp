@@ -1,12 +1,15 @@
-// The common case of small calls: arrays that need neither converting nor packing, recognised in one look, and the
-// running statistics in one step. Everything else, errors included, is worked out in Python.
+// The common case of small calls: arrays that need neither converting nor packing, and options of the usual types, each
+// recognised in one look. Everything else, errors included, is worked out in Python.
+#include <pybind11/critical_section.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <limits>
 #include <optional>
+
+#include "arrays.hpp"
 
 namespace py = pybind11;
 
@@ -14,22 +17,6 @@ namespace {
 
 // What kernels store: float16, ml_dtypes' bfloat16, float32, float64.
 constexpr const char* kStorage = "eEfd";
-
-// Exactly an ndarray, aligned, of one of these native dtypes.
-bool is_simple(py::handle object, const char* dtypes) {
-  auto& api = py::detail::npy_api::get();
-  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(api.PyArray_Type_)) return false;
-  const auto array = py::reinterpret_borrow<py::array>(object);
-  const auto dtype = array.dtype();
-  return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 &&
-         std::strchr(dtypes, dtype.char_()) != nullptr && (dtype.byteorder() == '=' || dtype.byteorder() == '|');
-}
-
-bool c_contiguous(const py::array& array) { return (array.flags() & py::array::c_style) != 0; }
-
-bool is_plain(py::handle object, const char* dtypes) {
-  return is_simple(object, dtypes) && c_contiguous(py::reinterpret_borrow<py::array>(object));
-}
 
 // Axis 1 innermost in memory, the others in C order around it: (N, C, H, W) that lies as NHWC.
 bool channels_last(const py::array& array) {
@@ -228,25 +215,63 @@ bool plain_out(py::handle out, py::handle x, const py::args& others) {
   return std::all_of(others.begin(), others.end(), [&](py::handle other) { return apart(array, other); });
 }
 
-template <class T>
-py::array mixed(const py::array& running, const double* batch, double momentum) {
-  py::array_t<T> result(running.size());
-  const T* from = static_cast<const T*>(running.data());
-  T* to = result.mutable_data();
-  for (py::ssize_t i = 0; i < running.size(); ++i)
-    to[i] = static_cast<T>(static_cast<double>(from[i]) * momentum + (1.0 - momentum) * batch[i]);
-  return result;
+// What options are called: the objects that Python has for these words in source code.
+struct Names {
+  py::handle mode, train, test, eps, momentum, running_mean, running_var;
+};
+
+const Names& names() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> found;
+  const auto name = [](const char* text) { return py::handle(PyUnicode_InternFromString(text)); };
+  return found
+      .call_once_and_store_result([&] {
+        return Names{name("mode"),     name("train"),        name("test"),       name("eps"),
+                     name("momentum"), name("running_mean"), name("running_var")};
+      })
+      .get_stored();
 }
 
-// momentum * running + (1 - momentum) * batch in float64, as a new array of running's dtype; None unless running is
-// plain, 1-D, of float32 or float64, and batch of float64 and the same length.
-py::object running_average(py::handle running, py::handle batch, double momentum) {
-  if (!is_plain(running, "fd") || !is_plain(batch, "d")) return py::none();
-  const auto old = py::reinterpret_borrow<py::array>(running), values = py::reinterpret_borrow<py::array>(batch);
-  if (old.ndim() != 1 || values.ndim() != 1 || old.size() != values.size()) return py::none();
-  const auto* from = static_cast<const double*>(values.data());
-  if (old.dtype().char_() == 'd') return mixed<double>(old, from, momentum);
-  return mixed<float>(old, from, momentum);
+bool is_float_in(py::handle value, double least, double most) {
+  return PyFloat_CheckExact(value.ptr()) && least <= PyFloat_AS_DOUBLE(value.ptr()) &&
+         PyFloat_AS_DOUBLE(value.ptr()) <= most;
+}
+
+// The options of CS231n's dictionary as the named tuple `defaults` has them, (frozen, eps, momentum, running_mean,
+// running_var, ...), its own where the dictionary has none. None where it has a key that is not among these, or a value
+// that is not of the common kind: running statistics are vectors of so many channels.
+py::object plain_options(py::handle param, py::ssize_t channels, const py::tuple& defaults) {
+  if (!PyDict_CheckExact(param.ptr())) return py::none();
+  const Names& is = names();
+  const auto otherwise = [&](py::ssize_t at) { return py::handle(PyTuple_GET_ITEM(defaults.ptr(), at)); };
+  py::handle frozen = otherwise(0), eps = otherwise(1), momentum = otherwise(2), mean = otherwise(3),
+             var = otherwise(4);
+  const py::scoped_critical_section lock(param);
+  for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(param)) {
+    if (key.is(is.mode)) {
+      if (!value.is(is.train) && !value.is(is.test)) return py::none();
+      frozen = py::handle(value.is(is.test) ? Py_True : Py_False);
+    } else if (key.is(is.eps)) {
+      if (!is_float_in(value, 0.0, std::numeric_limits<double>::max())) return py::none();
+      eps = value;
+    } else if (key.is(is.momentum)) {
+      if (!is_float_in(value, 0.0, 1.0)) return py::none();
+      momentum = value;
+    } else if (key.is(is.running_mean) || key.is(is.running_var)) {
+      if (!value.is_none() && !is_vector(value, channels)) return py::none();
+      (key.is(is.running_mean) ? mean : var) = value;
+    } else {
+      return py::none();
+    }
+  }
+  PyTypeObject* const type = Py_TYPE(defaults.ptr());
+  auto found = py::reinterpret_steal<py::object>(type->tp_alloc(type, static_cast<py::ssize_t>(defaults.size())));
+  if (!found) throw py::error_already_set();
+  py::ssize_t at = 0;
+  for (const py::handle value : {frozen, eps, momentum, mean, var})
+    PyTuple_SET_ITEM(found.ptr(), at++, value.inc_ref().ptr());
+  for (; at < static_cast<py::ssize_t>(defaults.size()); ++at)
+    PyTuple_SET_ITEM(found.ptr(), at, otherwise(at).inc_ref().ptr());
+  return found;
 }
 
 }  // namespace
@@ -259,5 +284,5 @@ void register_plain(py::module_& m) {
   m.def("plain_reduction", &plain_reduction);
   m.def("plain_normalization", &plain_normalization);
   m.def("plain_out", &plain_out);
-  m.def("running_average", &running_average);
+  m.def("plain_options", &plain_options);
 }

@@ -6,21 +6,46 @@ import difflib
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from fastnorm import _arrays
-from fastnorm._layout import FLOAT32, FLOAT64, Array, Axes, as_array, beside, checked_axis, deliver, storage_dtype
+from fastnorm._layout import (
+    FLOAT32,
+    FLOAT64,
+    Array,
+    Axes,
+    accumulation_dtype,
+    as_array,
+    beside,
+    checked_axis,
+    deliver,
+    storage_dtype,
+)
 from fastnorm.ops import _numbers, _running
 
-# For plain arrays the sum of `_updated` in one step, the same bits: 0.2 us instead of 2. Else None.
-_running_average: Callable[[Array, Array, float], Array | None]
+# Steps of small calls for dictionaries and vectors of the common kind, and None for all else, which takes the long way:
+# what `running_options` finds in 0.2 us instead of 1.2, `constants` in 0.2 instead of 0.8, and both statistics of
+# `store_running` in 0.25 instead of 4; the same bits.
+_plain_options: Callable[[Any, int, Any], Any]
+_plain_constants: Callable[[Any, Any, int], tuple[Array, Array] | None]
+_running_averages: Callable[[Any, Any, Any, Any, float, float], tuple[Array, Array] | None]
 try:
-    from fastnorm._core import running_average as _running_average
+    from fastnorm._core import constants as _plain_constants
+    from fastnorm._core import plain_options as _plain_options
+    from fastnorm._core import running_averages as _running_averages
 except ImportError:
 
-    def _running_average(running: object, batch: object, momentum: float, /) -> Array | None:
+    def _plain_options(param: object, channels: int, defaults: object, /) -> None:
+        return None
+
+    def _plain_constants(mean: object, var: object, length: int, /) -> tuple[Array, Array] | None:
+        return None
+
+    def _running_averages(
+        running_mean: object, running_var: object, mean: object, var: object, momentum: float, correction: float, /
+    ) -> tuple[Array, Array] | None:
         return None
 
 
@@ -166,6 +191,10 @@ class BatchnormOptions(NamedTuple):
     """How batches enter the running statistics where it is not CS231n's rule."""
 
 
+DEFAULTS = BatchnormOptions(False, 1e-5, 0.9, None, None, None)
+"""Those of an empty dictionary."""
+
+
 def batchnorm_options(bn_param: Any, x: Array, channels: int) -> BatchnormOptions:
     """The options of a batchnorm of x over this many channels."""
     options = running_options("bn_param", bn_param, x, channels)
@@ -177,18 +206,20 @@ def batchnorm_options(bn_param: Any, x: Array, channels: int) -> BatchnormOption
 
 def running_options(name: str, param: Any, x: Array, channels: int) -> BatchnormOptions:
     """The options in a dictionary of this name; the running statistics may be absent, in test mode too."""
-    cs231n = type(param) is dict and param.keys() <= CS231N_KEYS
-    if not cs231n:
-        param = checked_param(name, param, BN_KEYS)
-        cs231n = param.keys() <= CS231N_KEYS
+    if param is None:
+        return DEFAULTS
+    if type(x) is np.ndarray and (found := _plain_options(param, channels, DEFAULTS)) is not None:
+        return cast(BatchnormOptions, found)
+    param = checked_param(name, param, BN_KEYS)
     mode = param.get("mode", "train")
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"{name}['mode']: expected 'train' or 'test', got {mode!r}")
-    momentum = param.get("momentum", 0.9)
-    rule = None if cs231n and momentum is not None else _running.checked_rule(name, param)
+    momentum = param.get("momentum", DEFAULTS.momentum)
+    cs231n = param.keys() <= CS231N_KEYS and momentum is not None
+    rule = None if cs231n else _running.checked_rule(name, param)
     options = BatchnormOptions(
         mode == "test",
-        checked_eps(param.get("eps", 1e-5)),
+        checked_eps(param.get("eps", DEFAULTS.eps)),
         _numbers.share("momentum", momentum) if rule is None else 0.0,
         _stored(param, "running_mean", x, channels),
         _stored(param, "running_var", x, channels),
@@ -209,47 +240,55 @@ def _stored(param: dict[str, Any], key: str, x: Array, channels: int) -> Array |
 
 def constants(options: BatchnormOptions) -> tuple[Array, Array]:
     """Test mode's mean and var: copies of the running statistics as 1-D float64."""
-    assert options.running_mean is not None
-    assert options.running_var is not None
-    return options.running_mean.astype(np.float64).reshape(-1), options.running_var.astype(np.float64).reshape(-1)
+    mean, var = options.running_mean, options.running_var
+    assert mean is not None
+    assert var is not None
+    if (copies := _plain_constants(mean, var, mean.size)) is not None:
+        return copies
+    return mean.astype(np.float64).reshape(-1), var.astype(np.float64).reshape(-1)
 
 
 def store_running(
-    bn_param: dict[str, Any], options: BatchnormOptions, mean: Array, var: Array, dtype: np.dtype[Any], count: int
+    bn_param: dict[str, Any], options: BatchnormOptions, mean: Array, var: Array, storage: np.dtype[Any], count: int
 ) -> None:
     """Let a batch of `count` values a channel into the running statistics of bn_param, by the rule that it asks for.
 
     CS231n's is running = momentum * running + (1 - momentum) * batch. New arrays, in the shape and dtype that the
-    caller's have; where there are none yet, from zeros, in `dtype`.
+    caller's have; where there are none yet, from zeros, in the accumulation dtype of values so stored.
     """
-    momentum, running, batch = options.momentum, (options.running_mean, options.running_var), (mean, var)
-    rule = options.rule
-    if rule is not None:
-        dtypes = tuple(dtype if old is None else _kept_dtype(old, dtype) for old in running)
-        step = _running.step(rule, running, (mean.reshape(-1), var.reshape(-1)), dtypes, count)
+    rule, running = options.rule, (options.running_mean, options.running_var)
+    if rule is None:
+        averages = _averages(running, mean, var, options.momentum, 1.0, storage)
+    else:
+        dtype = accumulation_dtype(storage)
+        step = _running.step(rule, running, (mean, var), dtype, count)
         if step is None:
             return
-        momentum, running, batch = step
+        if rule.average is None:
+            averages = _averages(step.running, mean, var, step.momentum, step.correction, storage)
+        else:
+            batch = mean.reshape(-1), _running.corrected(var, step.correction).reshape(-1)
+            averages = _running.averaged(rule.average, step.running, batch, dtype)
         if rule.tracked is not None:
             bn_param["num_batches_tracked"] = rule.tracked + 1
-        if rule.average is not None:
-            bn_param["running_mean"], bn_param["running_var"] = _running.averaged(rule.average, running, batch, dtype)
-            return
-    bn_param["running_mean"] = _updated(running[0], batch[0].reshape(-1), momentum, dtype)
-    bn_param["running_var"] = _updated(running[1], batch[1].reshape(-1), momentum, dtype)
+    bn_param["running_mean"], bn_param["running_var"] = averages
 
 
-def _kept_dtype(running: Array, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype that running statistics are kept in: their own, or this one for integers."""
-    return dtype if running.dtype.kind in "biu" else running.dtype
+def _averages(
+    running: _running.Running, mean: Array, var: Array, momentum: float, correction: float, storage: np.dtype[Any]
+) -> _running.Pair:
+    """momentum * running + (1 - momentum) * batch, whose variance counts `correction` times."""
+    running_mean, running_var = running
+    averages = _running_averages(running_mean, running_var, mean, var, momentum, correction)
+    if averages is None:
+        dtype, var = accumulation_dtype(storage), _running.corrected(var, correction)
+        averages = _updated(running_mean, mean, momentum, dtype), _updated(running_var, var, momentum, dtype)
+    return averages
 
 
-def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Any:
-    if running is not None:
-        if (average := _running_average(running, batch, momentum)) is not None:
-            return average
-        dtype = _kept_dtype(running, dtype)
-    return _arrays.handed(_arrays.mixed(running, batch, momentum, dtype))
+def _updated(running: Array | None, batch: Array, momentum: float, dtype: np.dtype[Any]) -> Array:
+    kept = dtype if running is None else _running.kept_dtype(running, dtype)
+    return _arrays.handed(_arrays.mixed(running, batch.reshape(-1), momentum, kept))
 
 
 # ---- rows and groups ------------------------------------------------------------------------------
@@ -284,11 +323,11 @@ def checked_groups(groups: Any, channels: int) -> int:
 def instancenorm_options(in_param: Any, x: Array, channels: int) -> BatchnormOptions:
     """The options of an instancenorm; frozen only where there are running statistics."""
     options = running_options("in_param", in_param, x, channels)
-    running = {"running_mean": options.running_mean, "running_var": options.running_var}
-    missing = [key for key, value in running.items() if value is None]
-    if len(missing) == 1:
-        raise ValueError(f"in_param['{missing[0]}']: expected both running statistics or none, got one")
-    return options._replace(frozen=False) if missing else options
+    no_mean, no_var = options.running_mean is None, options.running_var is None
+    if no_mean != no_var:
+        missing = "running_mean" if no_mean else "running_var"
+        raise ValueError(f"in_param['{missing}']: expected both running statistics or none, got one")
+    return options._replace(frozen=False) if options.frozen and no_mean else options
 
 
 def eps_alone(name: str, param: Any) -> float:

@@ -87,7 +87,7 @@ def forward(
         for array, into in zip(arrays, outs, strict=True)
     ]
     if bn_param is not None and count:
-        _arguments.store_running(bn_param, options, whole.mean, whole.var, accumulation, count)
+        _arguments.store_running(bn_param, options, whole.mean, whole.var, dtype, count)
     caches = tuple(
         Cache("batchnorm", array, gamma, beta, whole.mean, whole.var, options.eps, (channel_axis,), True)
         for array in arrays
@@ -125,7 +125,7 @@ def backward(
             )
             for grad, array, into in zip(douts, arrays, outs, strict=True)
         ]  # fmt: skip
-    return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+    return dx, *_layout.gradients(sum_dout_xhat, sum_dout, gamma, beta)
 
 
 def _checked_chunks(x: Sequence[Any], axis: int) -> list[Array]:

@@ -98,7 +98,7 @@ def backward(
         if x.size == 0:
             zeros = _arrays.zeros(x.shape[axes[0]], x)
             dx = _arrays.handed(_arrays.empty_like(x, x_dtype) if out is None else out)
-            return dx, _layout.gradient(zeros, gamma), _layout.gradient(zeros, beta)
+            return dx, *_layout.gradients(zeros, zeros, gamma, beta)
         view, (grad, source), work, out = _layout.buffers((dout, x), dtype, x_dtype, out, _layout.group_view, axes)
         _, outer, channels, inner = view.sizes
 
@@ -108,4 +108,4 @@ def backward(
         work, sum_dout, sum_dout_xhat,
     )  # fmt: skip
     dx = _layout.deliver(work, out)
-    return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+    return dx, *_layout.gradients(sum_dout_xhat, sum_dout, gamma, beta)

@@ -86,7 +86,7 @@ def backward(
         dx = empty_like(x) if out is None else out
         sum_dout, sum_dout_xhat = _arrays.pair(cols, x) if wanted else (None, None)
         table.row_backward(dout, x, rows, cols, mean, var, cache.eps, gamma, dx, sum_dout_xhat, sum_dout)
-        return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+        return dx, *_layout.gradients(sum_dout_xhat, sum_dout, gamma, beta)
 
     x = _layout.as_array("x", x)
     table = kernels_for(x, table, backend)
@@ -117,4 +117,4 @@ def backward(
         sum_dout = _layout.to_index(sum_dout, view.params, lengths)
         sum_dout_xhat = _layout.to_index(sum_dout_xhat, view.params, lengths)
         dx = _layout.deliver(plan.work, plan.out)
-    return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+    return dx, *_layout.gradients(sum_dout_xhat, sum_dout, gamma, beta)

@@ -48,8 +48,9 @@ class Step(NamedTuple):
     """What a batch does to the running statistics: momentum * running + (1 - momentum) * batch."""
 
     momentum: float
+    correction: float
+    """How many times the batch's variance counts, n/(n-1) or 1."""
     running: Running
-    batch: Pair
 
 
 def checked_rule(name: str, param: dict[str, Any]) -> Rule:
@@ -93,20 +94,15 @@ def checked_source(name: str, rule: Rule, x: Array, running: Running) -> None:
             )
 
 
-@np.errstate(over="ignore", invalid="ignore")
-def step(rule: Rule, running: Running, batch: Pair, dtypes: tuple[np.dtype[Any], ...], count: int) -> Step | None:
+def step(rule: Rule, running: Running, batch: Pair, dtype: np.dtype[Any], count: int) -> Step | None:
     """What this batch, of `count` values a channel, does; None where it stays out.
 
-    dtypes : those that running mean and variance are kept in
+    dtype : that of running statistics where there are none yet
     """
-    mean, var = batch
-    if rule.unbiased:
-        if count < 2:
-            return None
-        var = _arrays.scaled(var, count / (count - 1))
-    if rule.skip_nonfinite and not all(
-        np.isfinite(values.astype(dtype)).all() for values, dtype in zip((mean, var), dtypes, strict=True)
-    ):
+    if rule.unbiased and count < 2:
+        return None
+    correction = count / (count - 1) if rule.unbiased else 1.0
+    if rule.skip_nonfinite and not _stay_finite(running, batch, correction, dtype):
         return None
     momentum = rule.momentum
     if momentum is None:
@@ -114,8 +110,27 @@ def step(rule: Rule, running: Running, batch: Pair, dtypes: tuple[np.dtype[Any],
         momentum = rule.tracked / (rule.tracked + 1)
     old_mean, old_var = running
     if old_var is None and rule.unbiased and rule.average is None:
-        old_var = _arrays.full(var.size, 1.0, dtypes[1], var)
-    return Step(momentum, (old_mean, old_var), (mean, var))
+        old_var = _arrays.full(batch[1].size, 1.0, dtype, batch[1])
+    return Step(momentum, correction, (old_mean, old_var))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _stay_finite(running: Running, batch: Pair, correction: float, dtype: np.dtype[Any]) -> bool:
+    """Whether a batch's statistics are finite in the dtypes that the running ones are kept in."""
+    found = batch[0], corrected(batch[1], correction)
+    kept = (dtype if old is None else kept_dtype(old, dtype) for old in running)
+    return all(bool(np.isfinite(values.astype(to)).all()) for values, to in zip(found, kept, strict=True))
+
+
+def kept_dtype(running: Array, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that running statistics are kept in: their own, or this one for integers."""
+    return dtype if running.dtype.kind in "biu" else running.dtype
+
+
+@np.errstate(over="ignore")
+def corrected(var: Array, correction: float) -> Array:
+    """A variance so many times."""
+    return var if correction == 1.0 else _arrays.scaled(var, correction)
 
 
 def averaged(average: ExponentialMovingAverage, running: Running, batch: Pair, dtype: np.dtype[Any]) -> Pair:

@@ -49,8 +49,7 @@ def _closed_form(dout: Any, cache: Cache, op: str) -> tuple[Array, Array | None,
         dx = rstd.astype(dtype) * (g - x_hat * mean_g_x_hat)
     return (
         dx.astype(storage, copy=False).reshape(own),
-        _layout.gradient(dgamma.reshape(-1), cache.gamma),
-        _layout.gradient(dbeta.reshape(-1), cache.beta),
+        *_layout.gradients(dgamma.reshape(-1), dbeta.reshape(-1), cache.gamma, cache.beta),
     )
 
 

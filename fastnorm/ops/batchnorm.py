@@ -88,8 +88,7 @@ def batchnorm_forward(
         outer, channels, inner = sizes
         axes = (axis % x.ndim,)
         options = _arguments.batchnorm_options(bn_param, x, channels)
-        accumulation = _layout.accumulation_dtype(x.dtype)
-        source, scale, shift = x, gamma, beta
+        dtype, source, scale, shift = x.dtype, x, gamma, beta
         out = work = empty_like(x) if out is None else out
         in_place = False
     elif _chunks.is_chunks(x):
@@ -124,7 +123,7 @@ def batchnorm_forward(
         mean, var = _arrays.pair(channels, source)
         table.channel_forward(source, outer, channels, inner, scale, shift, options.eps, work, mean, var)
         if bn_param is not None:
-            _arguments.store_running(bn_param, options, mean, var, accumulation, outer * inner)
+            _arguments.store_running(bn_param, options, mean, var, dtype, outer * inner)
     kept = None if in_place else x
     cache = Cache("batchnorm", kept, gamma, beta, mean, var, options.eps, axes, options.frozen)
     return _arguments.delivered(work, out, cache)
@@ -182,7 +181,7 @@ def batchnorm_backward(
         if x.size == 0:
             zeros = _arrays.zeros(mean.size, x)
             dx = _arrays.handed(_arrays.empty_like(x, x_dtype) if out is None else out)
-            return dx, _layout.gradient(zeros, gamma), _layout.gradient(zeros, beta)
+            return dx, *_layout.gradients(zeros, zeros, gamma, beta)
         view, (grad, source), work, out = _layout.buffers(
             (dout, x), dtype, x_dtype, out, _layout.channel_view, cache.axes
         )
@@ -197,7 +196,7 @@ def batchnorm_backward(
             grad, source, outer, channels, inner, mean, var, eps, scale, work, sum_dout, sum_dout_xhat
         )
     dx = _layout.deliver(work, out)
-    return dx, _layout.gradient(sum_dout_xhat, gamma), _layout.gradient(sum_dout, beta)
+    return dx, *_layout.gradients(sum_dout_xhat, sum_dout, gamma, beta)
 
 
 def batchnorm_backward_reduce(

@@ -25,6 +25,7 @@ from typing import Any
 from fastnorm import _arrays, _layout
 from fastnorm._dispatch import kernels, kernels_for
 from fastnorm._layout import Array
+from fastnorm.backends import KernelTable
 from fastnorm.ops import _arguments, _groups
 from fastnorm.ops._arguments import Cache
 from fastnorm.ops.batchnorm import batchnorm_backward, batchnorm_forward
@@ -61,6 +62,9 @@ def instancenorm_forward(
 
     Raises ValueError or TypeError, naming the argument, before anything is written.
     """
+    if in_param is None:  # nothing of x need be known yet
+        eps = _arguments.DEFAULTS.eps
+        return _groups.forward("instancenorm", x, gamma, beta, None, eps, axis, out, backend)
     array, _, channels = _arguments.groups_x(x, axis)
     options = _arguments.instancenorm_options(in_param, array, channels)
     if options.frozen:
@@ -69,19 +73,19 @@ def instancenorm_forward(
 
     running = {"running_mean": options.running_mean, "running_var": options.running_var}
     out, cache = _groups.forward("instancenorm", x, gamma, beta, None, options.eps, axis, out, backend, running)
-    if in_param is not None and options.running_mean is not None and array.size:
-        mean, var = (_over_samples(name, getattr(cache, name), array, channels, backend) for name in ("mean", "var"))
-        dtype = _layout.accumulation_dtype(_layout.storage_dtype("x", array))
+    if options.running_mean is not None and array.size:
+        table = kernels_for(array, kernels(backend), backend)
+        mean = _over_samples(_layout.beside("mean", cache.mean, array), array, channels, table)
+        var = _over_samples(_layout.beside("var", cache.var, array), array, channels, table)
         count = array.size // (array.shape[0] * channels)
-        _arguments.store_running(in_param, options, mean, var, dtype, count)
+        _arguments.store_running(in_param, options, mean, var, _layout.storage_dtype("x", array), count)
     return out, cache
 
 
-def _over_samples(name: str, values: Any, x: Array, channels: int, backend: str | None) -> Any:
+def _over_samples(values: Array, x: Array, channels: int, table: KernelTable) -> Any:
     """The average over the samples of x of a statistic of each channel of each sample."""
     average, spread = _arrays.pair(channels, x)
-    table = kernels_for(x, kernels(backend), backend)
-    table.channel_moments(_layout.beside(name, values, x), x.shape[0], channels, 1, average, spread)
+    table.channel_moments(values, x.shape[0], channels, 1, average, spread)
     return average
 
 

@@ -157,8 +157,7 @@ def _backward(dout: Any, cache: Any, op: str) -> tuple[Array, Array | None, Arra
 
     return (
         dx.astype(cache.storage, copy=False).reshape(cache.shape),
-        _layout.gradient(dgamma.reshape(-1), cache.gamma),
-        _layout.gradient(dbeta.reshape(-1), cache.beta),
+        *_layout.gradients(dgamma.reshape(-1), dbeta.reshape(-1), cache.gamma, cache.beta),
     )
 
 
@@ -283,7 +282,7 @@ def instancenorm_forward_staged(
     if in_param is not None and options.running_mean is not None and x.size:
         count = x.size // mu.size
         mu, var = (each.reshape(-1, channels).mean(axis=0) for each in (mu, var))
-        _arguments.store_running(in_param, options, mu, var, _layout.accumulation_dtype(out.dtype), count)
+        _arguments.store_running(in_param, options, mu, var, out.dtype, count)
     return out, cache
 
 

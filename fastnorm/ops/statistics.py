@@ -290,6 +290,10 @@ def _broadcast_axes(name: str, given: tuple[int, ...], shape: tuple[int, ...]) -
     return tuple(axis for axis, n in enumerate(padded) if n != 1)
 
 
+def _vector(plain: Array | None) -> Any:
+    return plain if plain is None or plain.ndim == 1 else plain.ravel()
+
+
 def normalize(
     x: Any, mean: Any, var: Any, gamma: Any = None, beta: Any = None, eps: float = 1e-5, *,
     out: Array | None = None, backend: str | None = None,
@@ -311,8 +315,7 @@ def normalize(
     if sizes is not None and (out is None or _layout.plain_out(out, x, mean, var, gamma, beta)):
         eps = _arguments.checked_eps(eps)
         out = empty_like(x) if out is None else out
-        statistics = (each if each is None or each.ndim == 1 else each.ravel() for each in (mean, var, gamma, beta))
-        centre, spread, scale, shift = statistics
+        centre, spread, scale, shift = _vector(mean), _vector(var), _vector(gamma), _vector(beta)
         outer, channels, inner = sizes
         table.channel_apply(x, outer, channels, inner, centre, spread, eps, scale, shift, out)
         return out
