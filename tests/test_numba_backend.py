@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,28 @@ def test_read_only_arrays_share_the_compiled_kernel() -> None:
 SIZES = [(9, 3, 1), (64, 7, 1), (1000, 3, 1), (4099, 17, 1), (300, 600, 1), (50, 40, 49), (3, 5, 127), (2, 3, 40000)]
 
 
+def forget_plans() -> None:
+    for function in (plan.of_columns, plan.of_runs, plan.of_rows):
+        function.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def plans_of_this_test() -> Iterator[None]:
+    """Plans are kept by shape; tests change what else they are made from."""
+    forget_plans()
+    yield
+    forget_plans()
+
+
 def in_one_task(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan, "PARALLEL_FROM", 1 << 40)
+    forget_plans()
 
 
 def in_slabs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan, "PARALLEL_FROM", 0)
     patch.setattr(plan, "caches", lambda: (1 << 40, 1 << 40))
+    forget_plans()
 
 
 def past_the_cache(patch: pytest.MonkeyPatch) -> None:
@@ -137,12 +153,14 @@ def test_channels_by_slabs_and_by_steps_have_the_same_bits(
 def in_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan, "PARALLEL_FROM", 0)
     patch.setattr(plan, "caches", lambda: (0, 0))
+    forget_plans()
 
 
 def in_narrow_slabs(patch: pytest.MonkeyPatch) -> None:
     """A group of (20, 600, 3) in each."""
     patch.setattr(plan, "PARALLEL_FROM", 0)
     patch.setattr(plan, "caches", lambda: (1 << 16, 1 << 40))
+    forget_plans()
     patch.setattr(plan, "past_cache", lambda nbytes, arrays=1: True)
 
 

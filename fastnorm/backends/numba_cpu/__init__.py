@@ -42,8 +42,6 @@ SHORT_RUN = 64
 """Runs shorter than this are worked on as columns: they would hardly fill a loop over vectors."""
 CHANNELS_AT_ONCE = 1 << 16
 """Channels, of all samples, that a call of a group kernel works on: 1 to 2 MB of coefficients and sums."""
-LONG_ROWS = 1 << 23
-"""Bytes of dy and x between the sums of long rows and their output: a share of L3."""
 
 
 class _Writable:
@@ -68,7 +66,7 @@ def _storage(array: Array) -> Array:
 
 
 def _accumulation(x: Array) -> Any:
-    return np.float64 if x.dtype == np.float64 else np.float32
+    return np.float64 if x.itemsize == 8 else np.float32
 
 
 _CONSTANTS = {(dtype, value): np.full(64, value, dtype) for dtype in (np.float32, np.float64) for value in (0.0, 1.0)}
@@ -79,9 +77,11 @@ def _parameter(values: Array | None, x: Array, absent: float) -> tuple[Array, in
     return (_CONSTANTS[_accumulation(x), absent], 0) if values is None else (_plain(values), -1)
 
 
-def _period(channels: int, *parameters: Array | None) -> int:
+def _period(channels: int, one: Array | None, other: Array | None) -> int:
     """After how many channels the parameters repeat; if there are none, it does not matter."""
-    return next((values.size for values in parameters if values is not None), channels)
+    if one is None:
+        one = other
+    return channels if one is None else one.size
 
 
 def _by_columns(outer: int, inner: int) -> bool:
@@ -95,14 +95,15 @@ def _columns_forward(
     """Samples of these sizes, of which `span` channels share a statistic."""
     outer, channels, inner = sizes
     samples, grid = x.size // (outer * channels * inner), _columns.grid(*sizes)
-    parts = np.empty((2, samples * grid[4] * channels))
+    parts = (mean, var) if grid[4] == span == 1 else np.empty((2, samples * grid[4] * channels))
     room = channels * inner * grid[2] + _columns.ROOM
     lines, columns = (np.empty(3 * samples * n, _accumulation(x)) for n in (channels, room))
     parameters = (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0))
-    arguments = (*parts, mean, var, eps, parameters, lines, columns, _plan.past_cache(x.nbytes))
-    for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 1, threads()):
-        cut = launch.sample, *sizes, span, grid, launch.group
-        _columns.forward(x.size, launch.tasks, x, y, *cut, launch.steps, *arguments)
+    plan = _plan.of_columns(steps, samples, sizes, span, x.itemsize, 1, threads())
+    _columns.forward(
+        x.size, plan, x, y, *sizes, span, grid, *parts, mean, var, eps, parameters, lines, columns,
+        _plan.past_cache(x.nbytes),
+    )  # fmt: skip
 
 
 def _columns_backward(
@@ -112,17 +113,15 @@ def _columns_backward(
 ) -> None:  # fmt: skip
     outer, channels, inner = sizes
     samples, grid = x.size // (outer * channels * inner), _columns.grid(*sizes)
-    parts = np.empty((2, samples * grid[4] * channels))
+    parts = (sum_dy, sum_dy_xhat) if grid[4] == 1 else np.empty((2, samples * grid[4] * channels))
     room = channels * inner * grid[2] + _columns.ROOM
     lines, columns = (np.empty(5 * samples * n, _accumulation(x)) for n in (channels, room))
     factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
-    arguments = (
-        *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns,
-        _plan.past_cache(x.nbytes, arrays=2),
+    plan = _plan.of_columns(steps, samples, sizes, span, x.itemsize, 2, threads())
+    _columns.backward(
+        x.size, plan, dy, x, dx, *sizes, span, grid, *parts, mean, var, eps, factors, sum_dy, sum_dy_xhat, count,
+        lines, columns, _plan.past_cache(x.nbytes, arrays=2),
     )  # fmt: skip
-    for launch in _plan.of_columns(steps, samples, sizes, span, grid, x.itemsize, 2, threads()):
-        cut = launch.sample, *sizes, span, grid, launch.group
-        _columns.backward(x.size, launch.tasks, dy, x, dx, *cut, launch.steps, *arguments)
 
 
 def _runs_forward(
@@ -137,15 +136,14 @@ def _runs_forward(
     mean = np.zeros(channels) if mean is None else mean
     parts = (mean, var) if tiles[4] == 1 else np.empty((2, channels * tiles[4]))
     lines = np.empty(3 * channels * span, _accumulation(x))
-    of_runs, of_columns = (
-        (*_parameter(gamma, x, 1.0), *_parameter(beta, x, 0.0)) for gamma, beta in (by_run, by_column)
-    )
-    cycle = span, _period(channels * span, *by_run)
-    arguments = (*parts, mean, var, centred, eps, of_runs, *cycle, lines, of_columns, _plan.past_cache(x.nbytes))
-    for launch in _plan.of_runs(steps, sizes, 1, tiles, x.itemsize, 1, threads()):
-        _runs.forward(
-            x.size, launch.tasks, x, y, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
-        )  # fmt: skip
+    of_runs = (*_parameter(by_run[0], x, 1.0), *_parameter(by_run[1], x, 0.0))
+    of_columns = (*_parameter(by_column[0], x, 1.0), *_parameter(by_column[1], x, 0.0))
+    period = _period(channels * span, *by_run)
+    plan = _plan.of_runs(steps, sizes, 1, x.itemsize, 1, threads())
+    _runs.forward(
+        x.size, plan, x, y, *sizes, tiles, *parts, mean, var, centred, eps, of_runs, span, period, lines, of_columns,
+        _plan.past_cache(x.nbytes),
+    )  # fmt: skip
 
 
 def _runs_backward(
@@ -154,17 +152,14 @@ def _runs_backward(
     span: int = 1,
 ) -> None:  # fmt: skip
     channels, tiles = sizes[1], _runs.tiling(sizes[0], sizes[2])
-    parts = np.empty((2, channels * tiles[4]))
+    parts = (sum_dy, sum_dy_xhat) if tiles[4] == 1 else np.empty((2, channels * tiles[4]))
     lines = np.empty(5 * channels, _accumulation(x))
     factors = (*_parameter(gamma, x, 1.0), *_parameter(gain, x, 1.0))
-    arguments = (
-        *parts, mean, var, eps, factors, span, _period(channels, gamma, gain), sum_dy, sum_dy_xhat, count, lines,
-        _plan.past_cache(x.nbytes, arrays=2),
+    plan = _plan.of_runs(steps, sizes, span, x.itemsize, 2, threads())
+    _runs.backward(
+        x.size, plan, dy, x, dx, *sizes, tiles, *parts, mean, var, eps, factors, span, _period(channels, gamma, gain),
+        sum_dy, sum_dy_xhat, count, lines, _plan.past_cache(x.nbytes, arrays=2),
     )  # fmt: skip
-    for launch in _plan.of_runs(steps, sizes, span, tiles, x.itemsize, 2, threads()):
-        _runs.backward(
-            x.size, launch.tasks, dy, x, dx, *sizes, tiles, launch.group, launch.steps, *arguments, launch.ahead
-        )  # fmt: skip
 
 
 def channel_moments(x: Array, outer: int, channels: int, inner: int, mean: Array, var: Array) -> None:
@@ -182,8 +177,8 @@ def channel_weighted_moments(
     x, sizes = _storage(x), (outer, channels, inner)
     cut = group, _, parts, _ = _weighted.cut(*sizes)
     groups, by_part = -(-channels // group), np.zeros((3, parts * channels))
-    for steps, tasks in ((SUMS, parts * groups), (FINISH, groups)):
-        _weighted.moments(x.size, tasks, x, _plain(weights), each, *sizes, cut, steps, *by_part, count, mean, var)
+    plan = _plan.of_steps((parts * groups, SUMS), (groups, FINISH))
+    _weighted.moments(x.size, plan, x, _plain(weights), each, *sizes, cut, *by_part, count, mean, var)
 
 
 def channel_apply(
@@ -248,6 +243,9 @@ def _some_samples(samples: int, sizes: _plan.Sizes, *arrays: Array) -> Iterator[
     """The arrays' parts for so many samples at a time that what is kept of their channels, or runs, stays in cache."""
     outer, channels, inner = sizes
     some = max(1, CHANNELS_AT_ONCE // (channels if _by_columns(outer, inner) else outer * channels))
+    if some >= samples:
+        yield list(arrays)
+        return
     for first in range(0, samples, some):
         yield [array.reshape(samples, -1)[first : first + some].reshape(-1) for array in arrays]
 
@@ -319,13 +317,12 @@ def group_backward(
 ) -> None:  # fmt: skip
     sizes = outer, channels, inner
     arrays = (_storage(dy), _storage(x), _plain(mean), _plain(var), _storage(dx))
-    sum_dy[:], sum_dy_xhat[:] = 0.0, 0.0
-    for some in _some_samples(samples, sizes, *arrays):
-        sums = _samples_backward(sizes, groups, gamma, eps, *some)
-        with np.errstate(invalid="ignore", over="ignore"):
-            totals = sums.sum(axis=1)
-            sum_dy += totals[0]
-            sum_dy_xhat += totals[1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        totals = [
+            np.add.reduce(_samples_backward(sizes, groups, gamma, eps, *some), axis=1)
+            for some in _some_samples(samples, sizes, *arrays)
+        ]
+        sum_dy[:], sum_dy_xhat[:] = totals[0] if len(totals) == 1 else np.add.reduce(totals)
 
 
 def _samples_backward(
@@ -367,41 +364,19 @@ def row_backward(
 ) -> None:  # fmt: skip
     dy, x, dx, var, centred = _storage(dy), _storage(x), _storage(dx), _plain(var), mean is not None
     mean = np.zeros(rows) if mean is None else _plain(mean)
-    pieces = -(-cols // _rows.PIECE)
     part_rows = _rows.part_rows(rows, cols)
-    parts = -(-rows // part_rows)
-    sums = np.empty((2, rows * pieces))
-    downwards = np.zeros((2, parts * cols), _accumulation(x))
+    sums = np.empty((2, rows * -(-cols // _rows.PIECE)))
+    downwards = np.zeros((2, -(-rows // part_rows) * cols), _accumulation(x))
     totals = np.empty((2, cols)) if dgamma is None or dbeta is None else (dgamma, dbeta)
-    stream = _plan.past_cache(x.nbytes, arrays=2)
-    row_bytes = 2 * cols * x.itemsize
-
-    def launch(
-        steps: int, tasks: int, first: int, last: int, slab: int, ahead: int, elements: int = x.size
-    ) -> None:  # fmt: skip
-        _rows.backward(
-            elements, tasks, dy, x, dx, first, last, cols, part_rows, steps, slab, *sums, mean, var, centred, eps,
-            *_parameter(gamma, x, 1.0), *downwards, *totals, stream, ahead,
-        )  # fmt: skip
-
-    if parts >= threads() or _plan.in_one_task(x.size):
-        slab = max(1, min(part_rows, _plan.caches()[0] // 4 // row_bytes))
-        launch(SUMS | WRITE, parts, 0, rows, slab, slab * cols)
-    else:
-        block = max(1, min(part_rows, LONG_ROWS // row_bytes))
-        for part in range(0, rows, part_rows):
-            for first in range(part, min(part + part_rows, rows), block):
-                last = min(first + block, part + part_rows, rows)
-                launch(SUMS, pieces, first, last, last - first, 0)
-                launch(WRITE, -(-(last - first) * cols // _runs.PIECE), first, last, last - first, READ_AHEAD)
-    if dgamma is not None:
-        launch(FINISH, -(-cols // _rows.STRIP), 0, rows, 1, 0, downwards.size)
+    plan = _plan.of_rows(rows, cols, x.itemsize, dgamma is not None, threads())
+    _rows.backward(
+        x.size, plan, dy, x, dx, cols, part_rows, *sums, mean, var, centred, eps, *_parameter(gamma, x, 1.0),
+        *downwards, *totals, _plan.past_cache(x.nbytes, arrays=2),
+    )  # fmt: skip
 
 
 def dropout(x: Array, n: int, first: int, seed: int, threshold: int, scale: float, y: Array) -> None:
     x, y = _storage(x), _storage(y)
     seed = seed if seed < 1 << 63 else seed - (1 << 64)  # Numba would compile again for what exceeds an int64
-    past_cache = _plan.past_cache(x.nbytes)
-    _dropout.dropout(
-        n, -(-n // _dropout.PIECE), x, y, first, seed, threshold, float(scale), past_cache, READ_AHEAD
-    )  # fmt: skip
+    past_cache, plan = _plan.past_cache(x.nbytes), _plan.of_steps((-(-n // _dropout.PIECE), WRITE))
+    _dropout.dropout(n, plan, x, y, first, seed, threshold, float(scale), past_cache, READ_AHEAD)

@@ -22,6 +22,8 @@ row; they are worked on unfolded.
 
 from __future__ import annotations
 
+import functools
+
 from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._output import READ_AHEAD, writer_of_columns
@@ -45,7 +47,7 @@ from fastnorm.backends.numba_cpu._scalars import (
     rstd,
     sum_times_xhat,
 )
-from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._tasks import FIRST, GROUP, STEPS, hand_out
 from fastnorm.backends.numba_cpu._vectors import (
     SCRATCH,
     WIDE,
@@ -85,6 +87,7 @@ ROOM = 64
 Grid = tuple[int, int, int, int, int]
 
 
+@functools.lru_cache
 def grid(outer: int, channels: int, inner: int) -> Grid:
     """(channels a block, blocks, rows folded into one, rows a part, parts)"""
     blocks = -(-channels // -(-channels // -(-channels * inner // WIDTH)))
@@ -344,14 +347,15 @@ _write_normalized = writer_of_columns(_normalized_whole, _normalized_part)
 
 @Kernel
 def forward(
-    launcher, begin, end, x, y, first_sample, outer, channels, inner, span, grid, group, steps, part_mean,
-    part_squares, mean, var, eps, parameters, lines, columns, past_cache,
+    launcher, threads, step, begin, end, plan, x, y, outer, channels, inner, span, grid, part_mean, part_squares, mean,
+    var, eps, parameters, lines, columns, past_cache,
 ):  # fmt: skip
     """lines, columns: room for three coefficients a channel, and a column of a folded row and a line more, of each
     sample."""
-    if launcher:
-        hand_out(launcher, begin, end)
+    if threads:
+        hand_out(launcher, threads, plan)
         return
+    steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 3
     for task in range(begin, end):
         sample, first, last, part, upto = _share(y, task, steps, outer, channels, inner, span, grid, group)
@@ -478,13 +482,14 @@ _write_gradient = writer_of_columns(_gradient_whole, _gradient_part)
 
 @Kernel
 def backward(
-    launcher, begin, end, dy, x, dx, first_sample, outer, channels, inner, span, grid, group, steps, part_dy,
-    part_dy_centred, mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache,
+    launcher, threads, step, begin, end, plan, dy, x, dx, outer, channels, inner, span, grid, part_dy, part_dy_centred,
+    mean, var, eps, factors, sum_dy, sum_dy_xhat, count, lines, columns, past_cache,
 ):  # fmt: skip
     """lines, columns: as in `forward`, for five coefficients."""
-    if launcher:
-        hand_out(launcher, begin, end)
+    if threads:
+        hand_out(launcher, threads, plan)
         return
+    steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 5
     for task in range(begin, end):
         sample, first, last, part, upto = _share(dx, task, steps, outer, channels, inner, span, grid, group)

@@ -170,9 +170,9 @@ def _write(x, y, at, end, first, seed, threshold, scale, past_cache, ahead):
 
 
 @Kernel
-def dropout(launcher, begin, end, x, y, first, seed, threshold, scale, past_cache, ahead):
-    if launcher:
-        hand_out(launcher, begin, end)
+def dropout(launcher, threads, step, begin, end, plan, x, y, first, seed, threshold, scale, past_cache, ahead):
+    if threads:
+        hand_out(launcher, threads, plan)
         return
     for task in range(begin, end):
         upto = least((task + 1) * PIECE, x.size)

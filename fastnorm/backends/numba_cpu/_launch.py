@@ -14,6 +14,7 @@ from typing import Any
 
 import numba as _typed_numba
 
+from fastnorm.backends import Array
 from fastnorm.backends.numba_cpu._compiler import kernel
 from fastnorm.backends.numba_cpu._tasks import parallel_for
 
@@ -53,33 +54,34 @@ if hasattr(os, "register_at_fork"):
 
 
 class Kernel:
-    """A function of (launcher, begin, end, *arguments), called with (elements it works through, tasks, *arguments).
+    """A function of (launcher, threads, step, begin, end, plan, *arguments), called with (elements it works through,
+    plan, *arguments). The plan has a row for each step, the first column being the number of its tasks.
 
-    It works on tasks begin..end, or, given a launcher, hands out 0..end to itself on `begin` threads.
+    It works on tasks begin..end of a step, or, given threads, hands out those of all steps to itself.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._run = kernel(function)
 
-    def __call__(self, elements: int, tasks: int, *arguments: Any) -> None:
-        if elements < PARALLEL_FROM or threads() == 1 or tasks == 1:
-            self._run(0, 0, tasks, *arguments)
+    def __call__(self, elements: int, plan: Array, *arguments: Any) -> None:
+        if elements < PARALLEL_FROM or threads() == 1 or (len(plan) == 1 and plan.item(0) == 1):
+            self._run(0, 1, 0, 0, 0, plan, *arguments)
             return
         before = numba.get_num_threads()  # per Python thread; also starts the threading layer
         if numba.threading_layer() != "workqueue":
-            self._run_parallel(before, tasks, arguments)
+            self._run_parallel(before, plan, arguments)
         elif _workqueue.acquire(blocking=False):
             try:
-                self._run_parallel(before, tasks, arguments)
+                self._run_parallel(before, plan, arguments)
             finally:
                 _workqueue.release()
         else:
-            self._run(0, 0, tasks, *arguments)
+            self._run(0, 1, 0, 0, 0, plan, *arguments)
 
-    def _run_parallel(self, before: int, tasks: int, arguments: tuple[Any, ...]) -> None:
+    def _run_parallel(self, before: int, plan: Array, arguments: tuple[Any, ...]) -> None:
         """Run on `_threads` threads, and leave the caller's own Numba setting as it was."""
         try:
-            self._run(parallel_for(), _threads, tasks, *arguments)
+            self._run(parallel_for(), _threads, 0, 0, 0, plan, *arguments)
         finally:
             if before != _threads:  # the layer has taken it for the thread's own setting
                 numba.set_num_threads(before)

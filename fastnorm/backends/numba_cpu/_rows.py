@@ -27,7 +27,7 @@ from fastnorm.backends.numba_cpu._scalars import (
     rstd,
     sum_times_xhat,
 )
-from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._tasks import AHEAD, FIRST, GROUP, LAST, STEPS, hand_out
 from fastnorm.backends.numba_cpu._vectors import (
     element,
     fence,
@@ -117,17 +117,19 @@ _write_gradient = writer_of_runs(_row_line, _gradient_whole, _gradient_part)
 
 @Kernel
 def backward(
-    launcher, begin, end, dy, x, dx, first_row, last_row, cols, part_rows, steps, slab, row_g, row_g_centred, mean, var,
-    centred, eps, gamma, mask, part_dgamma, part_dbeta, dgamma, dbeta, past_cache, ahead,
+    launcher, threads, step, begin, end, plan, dy, x, dx, cols, part_rows, row_g, row_g_centred, mean, var, centred,
+    eps, gamma, mask, part_dgamma, part_dbeta, dgamma, dbeta, past_cache,
 ):  # fmt: skip
     """Rows first_row..last_row, from the first row of a part on or within one part.
 
     A task of SUMS and WRITE is a part of the rows, worked on `slab` rows at a time; alone, a task of SUMS is a
     piece of columns, of WRITE a piece of memory. A task of FINISH is a strip of columns of dgamma and dbeta.
     """
-    if launcher:
-        hand_out(launcher, begin, end)
+    if threads:
+        hand_out(launcher, threads, plan)
         return
+    steps, slab, ahead = plan[step, STEPS], plan[step, GROUP], plan[step, AHEAD]
+    first_row, last_row = plan[step, FIRST], plan[step, LAST]
     pieces = -(-cols // PIECE)
     numbers = (x, cols, pieces, row_g, row_g_centred, mean, var, centred, eps)
     arrays = (dy, x, gamma, mask)

@@ -24,6 +24,7 @@ The order depends on outer and inner alone.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from fastnorm.backends.numba_cpu._compiler import compiled
@@ -41,7 +42,7 @@ from fastnorm.backends.numba_cpu._scalars import (
     rstd,
     sum_times_xhat,
 )
-from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._tasks import AHEAD, GROUP, STEPS, hand_out
 from fastnorm.backends.numba_cpu._vectors import (
     WIDE,
     element,
@@ -75,6 +76,7 @@ some channels, a piece of memory. (A single kernel for a call and its parts is c
 Tiles = tuple[int, int, int, int, int]
 
 
+@functools.lru_cache
 def tiling(outer: int, inner: int) -> Tiles:
     """(runs a block, elements of a run a block, blocks a run, blocks a channel, parts a channel)"""
     if inner < BLOCK:
@@ -268,13 +270,14 @@ _write_normalized = writer_of_runs(_normalizing_line, _normalized_whole, _normal
 
 @Kernel
 def forward(
-    launcher, begin, end, x, y, outer, channels, inner, tiles, group, steps, part_mean, part_squares, mean, var,
-    centred, eps, by_run, span, period, lines, by_column, past_cache, ahead,
+    launcher, threads, step, begin, end, plan, x, y, outer, channels, inner, tiles, part_mean, part_squares, mean, var,
+    centred, eps, by_run, span, period, lines, by_column, past_cache,
 ):  # fmt: skip
     """A channel here is what has a statistic: `span` channels with parameters of their own."""
-    if launcher:
-        hand_out(launcher, begin, end)
+    if threads:
+        hand_out(launcher, threads, plan)
         return
+    steps, group, ahead = plan[step, STEPS], plan[step, GROUP], plan[step, AHEAD]
     arrays, length = (x, by_column[0], by_column[1], by_column[2], by_column[3]), channels * span
     for task in range(begin, end):
         first, last = task * group, least((task + 1) * group, channels)
@@ -400,12 +403,13 @@ _write_gradient = writer_of_runs(_gradient_line, _gradient_whole, _gradient_part
 
 @Kernel
 def backward(
-    launcher, begin, end, dy, x, dx, outer, channels, inner, tiles, group, steps, part_dy, part_dy_centred, mean, var,
-    eps, factors, span, period, sum_dy, sum_dy_xhat, count, lines, past_cache, ahead,
+    launcher, threads, step, begin, end, plan, dy, x, dx, outer, channels, inner, tiles, part_dy, part_dy_centred, mean,
+    var, eps, factors, span, period, sum_dy, sum_dy_xhat, count, lines, past_cache,
 ):  # fmt: skip
-    if launcher:
-        hand_out(launcher, begin, end)
+    if threads:
+        hand_out(launcher, threads, plan)
         return
+    steps, group, ahead = plan[step, STEPS], plan[step, GROUP], plan[step, AHEAD]
     for task in range(begin, end):
         first, last = task * group, least((task + 1) * group, channels)
         if steps & SUMS:

@@ -21,7 +21,7 @@ from fastnorm.backends.numba_cpu._compiler import compiled
 from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._runs import FINISH, PART_BLOCKS, SUMS, block_of
 from fastnorm.backends.numba_cpu._scalars import centred_squares, least
-from fastnorm.backends.numba_cpu._tasks import hand_out
+from fastnorm.backends.numba_cpu._tasks import STEPS, hand_out
 from fastnorm.backends.numba_cpu._vectors import (
     SCRATCH,
     checked_weights,
@@ -179,15 +179,15 @@ def _part_of_columns(x, weights, each, outer, channels, chunks, first, last, par
 
 @Kernel
 def moments(
-    launcher, begin, end, x, weights, each, outer, channels, inner, cut, steps, part_count, part_mean, part_squares,
-    count, mean, var,
+    launcher, threads, step, begin, end, plan, x, weights, each, outer, channels, inner, cut, part_count, part_mean,
+    part_squares, count, mean, var,
 ):  # fmt: skip
     """part_count and the like: zeros, a value for each channel of each part."""
-    if launcher:
-        hand_out(launcher, begin, end)
+    if threads:
+        hand_out(launcher, threads, plan)
         return
     group, chunks, parts, tiles = cut
-    groups = -(-channels // group)
+    groups, steps = -(-channels // group), plan[step, STEPS]
     for task in range(begin, end):
         part, first = task // groups, task % groups * group
         last = least(first + group, channels)
