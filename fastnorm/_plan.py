@@ -64,7 +64,7 @@ class Plan:
     streams: bool
     """The result is stored past the cache."""
     ahead: int
-    """Bytes from the line being written to the one being fetched meanwhile."""
+    """Bytes from the line being written to the one being fetched meanwhile; 0 where none is."""
     reads: int
     """Arrays of x's size read from memory. The least is 1 forward, 2 backward (of dropout 1); twice that where no slab
     fits a cache."""
@@ -86,7 +86,8 @@ class Plan:
             f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run")
             if self.groups
             else "sums    none",
-            f"stores  {'past the cache' if self.streams else 'through the cache'}, fetching {_size(self.ahead)} ahead",
+            f"stores  {'past the cache' if self.streams else 'through the cache'}, fetching "
+            + (f"{_size(self.ahead)} ahead" if self.ahead else "nothing ahead"),
             f"moves   {reads} and one write of x's size: {_size(self.bytes)}, "
             f"{self.bytes / self.floor:.3g} times the least",
         ]

@@ -45,6 +45,8 @@ def test_a_tall_matrix_beyond_every_cache_is_read_twice():
         assert (plan.reads, plan.shared, plan.streams) == (2 * least, True, True)
         assert plan.bytes == (2 * least + 1) * rows * 4096
         assert plan.floor == (least + 1) * rows * 4096
+        assert plan.ahead == 0
+        assert "fetching nothing ahead" in str(plan)
 
 
 def test_a_matrix_of_middling_height_is_read_once_in_slabs_that_fit_the_last_cache():

@@ -57,25 +57,47 @@ def test_equal_bits_for_any_number_of_threads(op, shape, arrangement, dtype, bac
     assert [_differences(results, found[0]) for results in found[1:]] == [{}, {}, {}]
 
 
+PLACES = ((0, 0), (4, 4), (1, 3), (5, 0))
+"""Elements from a line of the cache to where x and dout begin, and out and dx."""
+
+
+def _moved(values, offset):
+    """The same values in memory that begins so many elements after a line of the cache."""
+    memory = np.empty(values.size + 64, values.dtype)
+    at = -memory.ctypes.data % 64 // values.itemsize + offset
+    memory[at : at + values.size] = values.ravel()
+    return memory[at : at + values.size].reshape(values.shape)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize(
     "shape", [(300, 1024), (70, 1040), (2000, 64), (64, 32, 7, 7), (20, 17, 7, 7), (4096, 1024)], ids=str
 )
 def test_equal_bits_wherever_arrays_begin(shape, dtype, rng, backend):
-    def moved(values, offset):
-        memory = np.empty(values.size + 64, values.dtype)
-        at = -memory.ctypes.data % 64 // values.itemsize + offset
-        memory[at : at + values.size] = values.ravel()
-        return memory[at : at + values.size].reshape(shape)
-
     x, dout = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
     gamma, beta = rng.standard_normal((2, shape[1])).astype(dtype)
     forward, backward = fastnorm.batchnorm_forward, fastnorm.batchnorm_backward
     found = set()
-    for of_x, of_out in ((0, 0), (4, 4), (1, 3), (5, 0)):
-        out, dx = moved(x, of_out), moved(x, of_out)
-        _, cache = forward(moved(x, of_x), gamma, beta, {"mode": "train"}, axis=1, out=out, backend=backend)
-        _, *sums = backward(moved(dout, of_x), cache, out=dx, backend=backend)
+    for of_x, of_out in PLACES:
+        out, dx = _moved(x, of_out), _moved(x, of_out)
+        _, cache = forward(_moved(x, of_x), gamma, beta, {"mode": "train"}, axis=1, out=out, backend=backend)
+        _, *sums = backward(_moved(dout, of_x), cache, out=dx, backend=backend)
+        found.add(b"".join(values.tobytes() for values in (out, dx, *sums)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((5, 23, 1040), 26), ((3, 2500, 1000), 40), ((10, 1000, 1000), 200), ((9, 3600, 240), 240)]
+)
+def test_groups_have_equal_bits_wherever_arrays_begin(shape, groups, dtype, rng, backend):
+    x, dout = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
+    gamma, beta = rng.standard_normal((2, shape[-1])).astype(dtype)
+    found = set()
+    for of_x, of_out in PLACES:
+        out, dx = _moved(x, of_out), _moved(x, of_out)
+        _, cache = fastnorm.groupnorm_forward(_moved(x, of_x), gamma, beta, groups, axis=-1, out=out, backend=backend)
+        _, *sums = fastnorm.groupnorm_backward(_moved(dout, of_x), cache, out=dx, backend=backend)
         found.add(b"".join(values.tobytes() for values in (out, dx, *sums)))
     assert len(found) == 1
 

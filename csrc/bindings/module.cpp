@@ -219,7 +219,7 @@ void register_plan(py::module_& m) {
   m.def("plan_channels", [](size_t outer, size_t channels, size_t inner, size_t itemsize, size_t arrays, int threads) {
     const ChannelShape shape{outer, channels, inner};
     const fastnorm::ChannelPlan plan = fastnorm::plan_channels(shape, itemsize, arrays, threads);
-    const size_t ahead = plan.slab < channels ? plan.slab * inner : fastnorm::kReadAhead;
+    const size_t ahead = plan.slab < channels && plan.passes == 1 ? plan.slab * inner : 0;
     return described(plan, shape, ahead, itemsize, arrays);
   });
   m.def("plan_groups", [](size_t samples, size_t outer, size_t channels, size_t inner, size_t groups, size_t itemsize,
@@ -227,7 +227,7 @@ void register_plan(py::module_& m) {
     const GroupShape shape{samples, outer, channels, inner, groups};
     const fastnorm::ChannelPlan plan = fastnorm::plan_groups(shape, itemsize, arrays, threads);
     const size_t to_next = plan.slab * (plan.slab < channels ? 1 : outer) * inner;
-    const size_t ahead = plan.slab < samples * channels ? to_next : fastnorm::kReadAhead;
+    const size_t ahead = plan.slab < samples * channels && plan.passes == 1 ? to_next : 0;
     return described(plan, shape.sample(), ahead, itemsize, arrays);
   });
   m.def("plan_rows", [](size_t rows, size_t cols, size_t itemsize, size_t arrays, int threads) {

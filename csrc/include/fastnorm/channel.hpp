@@ -133,7 +133,7 @@ struct ChannelCall {
     double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
     double *mean, *rstd;     // by channel
     Coefficients<A> k;
-    size_t ahead;  // elements to the next slab of the same worker
+    size_t ahead;  // elements to the next slab of the same worker; 0 where none will be found in cache
     size_t width() const { return c1 - c0; }
   };
 
@@ -195,9 +195,10 @@ struct ChannelCall {
   template <class Walk, class Loop>
   double channel_moments(const Walk& walk, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
     const size_t width = c1 - c0, groups = walk.cut.groups;
+    const size_t ahead = plan.stream && width == channels() ? geometry.summed_ahead() : 0;
     loop(groups, [&](size_t g, int worker) {
       walk.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
-                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace);
+                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
     });
     double n = walk.count(0);
     for (size_t g = 1; g < groups; ++g) {
@@ -329,10 +330,11 @@ struct ChannelCall {
         const ChannelCall call = from_sample(n, b);
         for (size_t i = first; i < end; ++i) {
           const size_t here = slab_start(n, i);
-          const size_t next = i + 1 < end          ? slab_start(n, i + 1)
+          const size_t next = plan.passes > 1      ? here
+                              : i + 1 < end        ? slab_start(n, i + 1)
                               : n + at_once < last ? slab_start(n + at_once, first)
                               : next_task < tasks  ? task_start(next_task)
-                                                   : here + kReadAhead;
+                                                   : here;
           passes(call, call.slab_at(i, last - n, next - here, partial, lines), loop, workspace);
         }
       }

@@ -88,7 +88,7 @@ struct Dropout {
       // At most 64 elements, whose bits these are.
       const auto write = [&](size_t at, size_t count, uint64_t kept) FASTNORM_INLINE_LAMBDA {
         const T* from = x + at;
-        writer.run(y + at, count, Ahead<T, 1>{{from + plan.ahead}},
+        writer.run(y + at, count, Ahead<T, 1>{{from}, plan.ahead},
                    [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA -> Vector<A> {
                      return lanes_of(kept >> i << how.skip, how.load(from + i) * factor);
                    });

@@ -55,7 +55,7 @@ struct Row {
   FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, double mean, double var,
                                     double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
     const Affine row = affine(mean, var, eps);
-    writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0 + ahead}}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+    writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0}, ahead}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
       return mul_add(row.xhat(how.load(x + k0 + i)), how.load(gamma.at(k0 + i)), how.load(beta.at(k0 + i)));
     });
   }
@@ -242,11 +242,10 @@ struct Row {
                                        size_t cols, const Known& row, const Sums& sums, const Parameter<A>& gamma,
                                        size_t ahead) {
     const Descent form = descent(row, sums, cols);
-    writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0 + ahead, x + k0 + ahead}},
-               [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-                 const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
-                 return form.dx(g, how.load(x + k0 + i));
-               });
+    writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0, x + k0}, ahead}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
+      return form.dx(g, how.load(x + k0 + i));
+    });
   }
 
   // Two rows through the cache, which read gamma once for both.

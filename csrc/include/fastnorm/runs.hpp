@@ -19,6 +19,7 @@ struct Runs {
   size_t spread_length(size_t n) const { return n; }
   void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, n, span); }
   size_t shift(const T*) const { return 0; }
+  size_t summed_ahead() const { return 0; }
 
   size_t place(const Unit& u, size_t c) const { return (u.row * shape.channels + c) * shape.inner + u.at; }
   size_t stride() const { return shape.channels * shape.inner; }
@@ -45,7 +46,7 @@ struct Runs {
 
   // mean and m2 of channels [c0, c1) over group g: `group_moments` of each, block by block, since channels
   // lie next to one another.
-  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A*) const {
+  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A*, size_t) const {
     double n = 0;
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
@@ -131,7 +132,7 @@ struct Runs {
   void apply(const T* x, size_t g, size_t c0, size_t c1, const Coefficients<A>& k, T* y, bool past_cache,
              size_t ahead) const {
     write_runs<3>(
-        g, c0, c1, y, past_cache, [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 1>{{x + at + ahead}}; },
+        g, c0, c1, y, past_cache, [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 1>{{x + at}, ahead}; },
         [&](size_t c) FASTNORM_INLINE_LAMBDA {
           return Line<3>{{broadcast(k.centre[c]), broadcast(k.scale[c]), broadcast(k.shift[c])}};
         },
@@ -200,7 +201,7 @@ struct Runs {
                       bool past_cache, size_t ahead) const {
     write_runs<4>(
         g, c0, c1, dx, past_cache,
-        [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 2>{{dy + at + ahead, x + at + ahead}}; },
+        [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 2>{{dy + at, x + at}, ahead}; },
         [&](size_t c) FASTNORM_INLINE_LAMBDA {
           return Line<4>{{broadcast(k.centre[c]), broadcast(k.scale[c]), broadcast(k.shift[c]), broadcast(k.slope[c])}};
         },

@@ -316,8 +316,10 @@ struct Part {
 template <class T, int count>
 struct Ahead {
   const T* from[count];
+  size_t elements;  // from the line being written to the one being fetched; 0: none is
   FASTNORM_INLINE void line(size_t i) const {
-    for (int k = 0; k < count; ++k) __builtin_prefetch(from[k] + i, 0, count == 1 ? 3 : 2);
+    if (elements == 0) return;
+    for (int k = 0; k < count; ++k) __builtin_prefetch(from[k] + elements + i, 0, count == 1 ? 3 : 2);
   }
 };
 
