@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from conftest import ISAS
 
 import fastnorm
-from fastnorm import _layout
+from fastnorm import _dispatch, _layout
 from fastnorm.bench.cases import DTYPES, dtype_of
 from fastnorm.ops import _arguments
 
@@ -152,14 +154,15 @@ def test_channels_may_lie_last_in_memory():
 ORDERS = {2: [(0, 1), (1, 0)], 4: [(0, 1, 2, 3), NHWC, (3, 2, 1, 0), (1, 0, 3, 2)]}
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize(
     "axis", [None, 0, 1, -1, (0,), (0, 1), (0, 2, 3), (1, 2), (3, -4), (1, 3), (0, 2), ()], ids=str
 )
 @pytest.mark.parametrize("shape", [(4, 8), (33, 70), (3, 5, 7, 9), (3, 1, 1, 9), (1, 1, 1, 1)], ids=str)
-def test_both_ways_of_moments_give_equal_bits(shape, axis, keepdims, monkeypatch):
-    """And take the same: what the views find, where statistics need neither be merged nor sorted afterwards."""
-    monkeypatch.setattr(_layout, "FEWEST", 1)
+def test_both_ways_of_moments_give_equal_bits(shape, axis, keepdims, in_parts, monkeypatch):
+    """And take the same: what the views find, where statistics need not be sorted afterwards, nor merged but once."""
+    monkeypatch.setattr(_layout, "worth_parts", lambda samples, elements: in_parts)
     monkeypatch.setattr(_layout, "parts_view", _layout.parts_view.__wrapped__)
     ndim = len(shape)
     axes = tuple(range(ndim)) if axis is None else tuple(np.atleast_1d(axis).astype(int))
@@ -170,12 +173,15 @@ def test_both_ways_of_moments_give_equal_bits(shape, axis, keepdims, monkeypatch
     for memory in ORDERS[ndim]:
         x = arrays(shape, "float32", 1, memory)[0]
         view, found = _layout.channel_view(x.shape, x.strides, 4, kept), _layout.plain_reduction(x, axis, keepdims)
-        parts = _layout.parts_view(x.shape, x.strides, 4, kept)
+        with monkeypatch.context() as patch:
+            patch.setattr(_layout, "worth_parts", lambda samples, elements: True)
+            parts = _layout.parts_view(x.shape, x.strides, 4, kept)
         sizes = None
         if view is not None and view.stats is None:
-            sizes = 1, *view.sizes
-        elif view is None and not parts.merged and parts.stats is None:
-            sizes = parts.sizes
+            sizes = 1, 1, *view.sizes
+        elif view is None and parts.stats is None and parts.merged == tuple(range(len(parts.merged))):
+            merged = math.prod(parts.lengths[: len(parts.merged)])
+            sizes = merged, parts.sizes[0] // merged, *parts.sizes[1:]
         assert found == (sizes and (*sizes, x.sum(axis=axis, keepdims=keepdims).shape))
         short = fastnorm.moments(x, axis, keepdims=keepdims)
         with monkeypatch.context() as patch:
@@ -193,13 +199,31 @@ def test_both_ways_of_moments_give_equal_bits(shape, axis, keepdims, monkeypatch
         (np.ones((4, 8), np.int64), 0), (np.ones((4, 8), ">f4"), 0), (np.ones((0, 8)), 0), (np.ones((4, 8)), True),
         (np.ones((4, 8)), 0.0), (np.ones((4, 8)), "0"), (np.ones((4, 8)), [0]), (np.ones((4, 8)), (0, 0)),
         (np.ones((4, 8)), (0, -2)), (np.ones((4, 8)), 2), (np.ones((4, 8)), -3), (np.ones((4, 8)), 2**70),
-        (np.ones((4, 8, 2)), (0, 1, 2, 3)), (np.ones((9999, 4, 2)), 1), (np.ones((4, 8, 2, 3)), (0, 2)),
+        (np.ones((4, 8, 2)), (0, 1, 2, 3)), (np.ones((2, 3) * 3), (0, 2, 4)), (np.ones((2, 3, 4)).T, 1),
         (np.ones((4, 8)), np.int64(0)), (np.ones((4, 8)), (0, None)), (np.broadcast_to(np.ones(8), (4, 8)), 0),
     ],
 )  # fmt: skip
 def test_other_moments_go_the_long_way(x, axis):
-    assert _layout.plain_reduction(np.ones((4, 8)), 0, False) == (1, 4, 8, 1, (8,))
+    assert _layout.plain_reduction(np.ones((4, 8)), 0, False) == (1, 1, 4, 8, 1, (8,))
     assert _layout.plain_reduction(x, axis, False) is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "elements", "expected"),
+    [(32, 128, False), (4, 64, True), (512, 8192, False), (1024, 1024 * 3136, True), (400000, 4000000, False)],
+)
+def test_parts_of_few_values_are_packed(samples, elements, expected, monkeypatch):
+    assert _layout.worth_parts(samples, elements) is expected
+    x = np.random.default_rng(0).standard_normal((samples, elements // samples // 2, 2))
+    taken = []
+    table = _dispatch.kernels("cpp")
+    for name in ("group_moments", "channel_moments"):
+        kernel = getattr(table, name)
+        monkeypatch.setattr(table, name, lambda *given, name=name, kernel=kernel: (taken.append(name), kernel(*given)))
+    for look in (_layout.plain_reduction, lambda *arguments: None):
+        monkeypatch.setattr(_layout, "plain_reduction", look)
+        fastnorm.moments(x, 1, backend="cpp")
+    assert taken == 2 * ["group_moments" if expected else "channel_moments"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

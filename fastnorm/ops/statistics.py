@@ -76,6 +76,7 @@ def _reduced_axes(axis: Any, ndim: int) -> Axes:
 class _Reduction(NamedTuple):
     """What reducing some axes of a shape gives."""
 
+    reduced: Axes
     kept: Axes
     lengths: tuple[int, ...]
     """Of the kept axes."""
@@ -93,10 +94,11 @@ def _reduction(axis: Any, shape: tuple[int, ...]) -> _Reduction:
 
 @lru_cache(maxsize=1024)
 def _known_reduction(axis: int | Axes | None, shape: tuple[int, ...]) -> _Reduction:
-    reduced = _reduced_axes(axis, len(shape))
+    reduced = tuple(sorted(_reduced_axes(axis, len(shape))))
     kept = tuple(axis for axis in range(len(shape)) if axis not in reduced)
     among = tuple(1 if axis in reduced else n for axis, n in enumerate(shape))
-    return _Reduction(kept, tuple(shape[axis] for axis in kept), among, math.prod(shape[axis] for axis in reduced))
+    lengths = tuple(shape[axis] for axis in kept)
+    return _Reduction(reduced, kept, lengths, among, math.prod(shape[axis] for axis in reduced))
 
 
 def moments(
@@ -124,34 +126,57 @@ def moments(
         return _weighted(x, axis, weights, keepdims, kernels(backend))
     table = kernels(backend)
     if (plain := _layout.plain_reduction(x, axis, keepdims)) is not None:
-        samples, outer, channels, inner, shape = plain
-        mean, var = np.empty(samples * channels), np.empty(samples * channels)
+        merged, samples, outer, channels, inner, shape = plain
         if samples == 1:
+            mean, var = _arrays.pair(channels, x)
             table.channel_moments(x, outer, channels, inner, mean, var)
+        elif not _layout.worth_parts(merged * samples, x.size):
+            mean, var = _packed(x, _reduction(axis, x.shape), table)
         else:
-            table.group_moments(x, samples, outer, channels, inner, channels, mean, var)
+            mean, var = _of_parts(x, (merged * samples, outer, channels, inner), table)
+            if merged > 1:
+                mean, var = _merged(mean, var, (merged, samples * channels), (0,), table)
         if len(shape) != 1:
             mean, var = mean.reshape(shape), var.reshape(shape)
-        return Moments(outer * inner, mean, var)
+        return Moments(merged * outer * inner, mean, var)
     x = _layout.as_array("x", x)
     table = kernels_for(x, table, backend)
-    dtype = _layout.storage_dtype("x", x)
-    kept, lengths, among, count = _reduction(axis, x.shape)
-    statistics = math.prod(lengths)
-    parts = _parts_view(x, dtype, kept)
-    if parts is not None:
-        mean, var = (_layout.to_index(values, parts.stats, lengths) for values in _of_parts(x, parts, table))
-    elif x.size:
-        view, (source,) = _layout.readable((x,), dtype, _layout.channel_view, kept)
-        mean, var = _arrays.pair(statistics, x)
-        outer, channels, inner = view.sizes
-        table.channel_moments(source, outer, channels, inner, mean, var)
-        mean = _layout.to_index(mean, view.stats, lengths)
-        var = _layout.to_index(var, view.stats, lengths)
+    reduction = _reduction(axis, x.shape)
+    mean, var = _statistics(x, _layout.storage_dtype("x", x), reduction, table)
+    shape = reduction.among if keepdims else reduction.lengths
+    return Moments(reduction.values, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
+
+
+def _statistics(x: Array, dtype: np.dtype[Any], reduction: _Reduction, table: KernelTable) -> tuple[Array, Array]:
+    """mean and var, flat in index order, of an array computed as one of this dtype."""
+    kept, lengths = reduction.kept, reduction.lengths
+    if not x.size:
+        mean, var = (_arrays.zeros(math.prod(lengths), x) for _ in range(2))
+        return mean, var
+    order: Axes | None
+    if (parts := _parts_view(x, dtype, kept)) is not None:
+        order = parts.stats
+        mean, var = _of_parts(x, parts.sizes, table)
+        if parts.merged:
+            mean, var = _merged(mean, var, parts.lengths, parts.merged, table)
     else:
-        mean, var = (_arrays.zeros(statistics, x) for _ in range(2))
-    shape = among if keepdims else lengths
-    return Moments(count, _arrays.handed(mean.reshape(shape)), _arrays.handed(var.reshape(shape)))
+        view, (source,) = _layout.readable((x,), dtype, _layout.channel_view, kept)
+        order = view.stats
+        outer, channels, inner = view.sizes
+        mean, var = _arrays.pair(channels, x)
+        table.channel_moments(source, outer, channels, inner, mean, var)
+    return _layout.to_index(mean, order, lengths), _layout.to_index(var, order, lengths)
+
+
+def _packed(x: Array, reduction: _Reduction, table: KernelTable) -> tuple[Array, Array]:
+    """mean and var, flat in index order, of a plain array, by way of a copy with what is kept last."""
+    order = reduction.reduced + reduction.kept
+    packed = _arrays.empty([x.shape[axis] for axis in order], x.dtype, x)
+    _arrays.copy(packed, x.transpose(order))
+    statistics = x.size // reduction.values
+    mean, var = _arrays.pair(statistics, x)
+    table.channel_moments(packed, reduction.values, statistics, 1, mean, var)
+    return mean, var
 
 
 def _parts_view(x: Array, dtype: np.dtype[Any], kept: Axes) -> _layout.PartsView | None:
@@ -162,20 +187,26 @@ def _parts_view(x: Array, dtype: np.dtype[Any], kept: Axes) -> _layout.PartsView
     return None if _layout.channel_view(*memory) is not None else _layout.parts_view(*memory)
 
 
-@np.errstate(invalid="ignore", over="ignore")
-def _of_parts(x: Array, parts: _layout.PartsView, table: KernelTable) -> tuple[Array, Array]:
-    """mean and var, flat in the order of memory: those of samples, merged where their axes are reduced. Samples have
-    equally many values: the mean is that of their means, exact for equal ones.
-    """
-    samples, outer, channels, inner = parts.sizes
-    mean, var = (np.empty(samples * channels) for _ in range(2))
+def _of_parts(x: Array, sizes: tuple[int, int, int, int], table: KernelTable) -> tuple[Array, Array]:
+    """mean and var of each channel of each sample, flat in the order of memory."""
+    samples, outer, channels, inner = sizes
+    mean, var = _arrays.pair(samples * channels, x)
     table.group_moments(x, samples, outer, channels, inner, channels, mean, var)
-    if parts.merged:
-        means, variances = mean.reshape(parts.lengths), var.reshape(parts.lengths)
-        first = means[tuple(slice(1) if axis in parts.merged else slice(None) for axis in range(means.ndim))]
-        whole = first + (means - first).mean(axis=parts.merged, keepdims=True)
-        mean, var = whole.reshape(-1), (variances + (means - whole) ** 2).mean(axis=parts.merged).reshape(-1)
     return mean, var
+
+
+@np.errstate(over="ignore")
+def _merged(
+    mean: Array, var: Array, lengths: tuple[int, ...], reduced: Axes, table: KernelTable
+) -> tuple[Array, Array]:
+    """Those of parts of equally many values along these axes together: the mean is that of the means, the variance
+    theirs and the mean of the variances.
+    """
+    reduction = _known_reduction(reduced, lengths)
+    means, between = _statistics(mean.reshape(lengths), mean.dtype, reduction, table)
+    within, _ = _statistics(var.reshape(lengths), var.dtype, reduction, table)
+    between += within
+    return means, between
 
 
 SAFE = (2.0**-20, 2.0**60)
@@ -186,7 +217,7 @@ def _weighted(x: Array, axis: Any, weights: Array, keepdims: bool, table: Kernel
     """Moments with weights that are looked at only where a count shows that something is wrong with them."""
     dtype = _layout.storage_dtype("x", x)
     _layout.storage_dtype("weights", weights)
-    kept, lengths, among, _ = _reduction(axis, x.shape)
+    _, kept, lengths, among, _ = _reduction(axis, x.shape)
     _broadcast_axes("weights", weights.shape, x.shape)
     found = _weighted_in(dtype, x, kept, lengths, weights, table) if x.size else None
     if found is None or not _is_safe(found.count, dtype, weights.dtype):
