@@ -120,7 +120,8 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   };
   const std::size_t in_l2 = caches().l2 / 2 / channel_bytes;
   const std::size_t narrowest = cut.side_by_side ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
-  if (cut.fold == 1 && in_l2 >= narrowest) {
+  const bool by_rows = cut.side_by_side && !plan.stream && cut.groups >= kGroupsAThread * workers;
+  if (cut.fold == 1 && in_l2 >= narrowest && !by_rows) {
     plan.slab = slabs_of(in_l2);
     return plan;
   }

@@ -50,27 +50,27 @@ constexpr size_t kFewChannels = 1024;
 // A fence ends every task: streamed stores must be visible before the threads meet. One a task, not one a row: it
 // waits for the stores, and made LayerNorm on rows of 128 twice as slow.
 template <class F>
-inline void parallel_for(size_t count, F task) {
+inline void parallel_for(size_t count, F task, Order order = Order::ascending) {
   run_tasks(
       count,
       [](void* f, size_t i, int worker) {
         (*static_cast<F*>(f))(i, worker);
         fence();
       },
-      &task);
+      &task, order);
 }
 
 struct SerialLoop {
   int worker;
   template <class F>
-  void operator()(size_t count, F f) const {
-    for (size_t i = 0; i < count; ++i) f(i, worker);
+  void operator()(size_t count, F f, Order order = Order::ascending) const {
+    for (size_t i = 0; i < count; ++i) f(order == Order::ascending ? i : count - 1 - i, worker);
   }
 };
 struct ParallelLoop {
   template <class F>
-  void operator()(size_t count, F f) const {
-    parallel_for(count, f);
+  void operator()(size_t count, F f, Order order = Order::ascending) const {
+    parallel_for(count, f, order);
   }
 };
 
@@ -230,15 +230,15 @@ struct ChannelCall {
   }
   const A* from(const A* parameter, const Slab& s) const { return parameter ? parameter + s.c0 : nullptr; }
 
-  // Last group first: what the pass before has just read is still in cache.
   template <class Loop>
   void apply(const Slab& s, Loop loop) const {
     by_sample(s, [&](size_t at, size_t n) {
       forward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, s), from(beta, s));
     });
     for (A* values : {s.k.centre, s.k.scale, s.k.shift}) geometry.spread(values, s.width());
-    loop(groups(),
-         [&](size_t i, int) { geometry.apply(x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead); });
+    loop(
+        groups(), [&](size_t g, int) { geometry.apply(x, g, s.c0, s.c1, s.k, out, plan.stream, s.ahead); },
+        Order::descending);
   }
 
   // sum(dy) and sum(dy*xhat) of each channel into the slab's first row, and added to the sums over samples.
@@ -291,9 +291,12 @@ struct ChannelCall {
   void write_dx(const Slab& s, Loop loop) const {
     geometry.spread(s.k.scale, s.width());
     for (A* values : {s.k.centre, s.k.shift, s.k.slope}) geometry.spread(values, s.width() / span, span);
-    loop(groups(), [&](size_t i, int) {
-      geometry.template backward_apply<Form>(dy, x, groups() - 1 - i, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
-    });
+    loop(
+        groups(),
+        [&](size_t g, int) {
+          geometry.template backward_apply<Form>(dy, x, g, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
+        },
+        Order::descending);
   }
 
   // passes(call, slab, loop, workspace) runs the passes of this call on one slab. A task takes some slabs of a bundle

@@ -8,9 +8,13 @@ namespace fastnorm {
 
 using Task = void (*)(void* context, std::size_t index, int worker);
 
+// The order of the tasks that a thread has: descending where they go over what ascending ones have just read, whose end
+// is still in cache.
+enum class Order { ascending, descending };
+
 // Runs task(context, i, worker) for i in [0, count), worker in [0, num_threads()). Serial inside a
 // parallel region and where only one task or thread is there.
-void run_tasks(std::size_t count, Task task, void* context);
+void run_tasks(std::size_t count, Task task, void* context, Order order);
 
 int num_threads();
 void set_num_threads(int count);

@@ -95,12 +95,13 @@ struct Row {
         Moments m{};
         for (size_t g = 0; g < groups; ++g) m = merge(m, partial.data()[g]);
         keep(row, m);
-        parallel_for(groups, [&](size_t i, int) {
-          const size_t k0 = (groups - 1 - i) * per_group;  // the end of the row is still in cache
+        const auto write = [&](size_t g, int) {
+          const size_t k0 = g * per_group;
           Writer<T> writer(plan.stream);
           apply(writer, x + row * shape.cols, y + row * shape.cols, k0, std::min(shape.cols, k0 + per_group), m.mean,
                 var[row], eps, gamma, beta, row + 1 < shape.rows ? plan.ahead : kReadAhead);
-        });
+        };
+        parallel_for(groups, write, Order::descending);
       }
       return;
     }
@@ -364,14 +365,15 @@ struct Row {
         if (mean == nullptr) sum.g = 0;
         along.data()[r] = sum;
       }
-      parallel_for(pieces, [&](size_t i, int) {
-        const size_t k0 = (pieces - 1 - i) * kChunk, k1 = std::min(cols, k0 + kChunk);
+      const auto write = [&](size_t piece, int) {
+        const size_t k0 = piece * kChunk, k1 = std::min(cols, k0 + kChunk);
         Writer<T> writer(plan.stream);
         for (size_t r = n; r-- > 0;) {
           const size_t at = (first + r) * cols;
           write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, plan.ahead);
         }
-      });
+      };
+      parallel_for(pieces, write, Order::descending);
     }
   }
 
