@@ -106,7 +106,8 @@ def kernels(backend: str | None = None) -> KernelTable:
     """The table that serves a call with this `backend` argument. A named one never falls back."""
     global _active
     if backend is not None:
-        return _require(backend, "backend")
+        loaded = _loaded.get(backend) if type(backend) is str else None
+        return _require(backend, "backend") if loaded is None else loaded
     if _active is None:
         _active = _default()
     return _active

@@ -26,6 +26,8 @@ def share(name: str, value: Any) -> float:
 
 def count(name: str, value: Any) -> int:
     """A whole number of at least 0."""
+    if type(value) is int and value >= 0:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     found = int(value.__index__())

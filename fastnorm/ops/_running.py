@@ -71,7 +71,9 @@ def checked_rule(name: str, param: dict[str, Any]) -> Rule:
     tracked = param.get("num_batches_tracked")
     if tracked is not None or unbiased or momentum is None:
         tracked = _numbers.count(f"{name}['num_batches_tracked']", 0 if tracked is None else tracked)
-    skip = _numbers.flag(f"{name}['skip_nonfinite']", param.get("skip_nonfinite", False))
+    skip = param.get("skip_nonfinite", False)
+    if skip is not False:
+        skip = _numbers.flag(f"{name}['skip_nonfinite']", skip)
     return Rule(momentum, unbiased, tracked, average, skip)
 
 
