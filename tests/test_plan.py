@@ -95,6 +95,16 @@ def test_groups_go_sample_by_sample():
     assert fastnorm.plan("rmsnorm", (4096, 768)).slab == fastnorm.plan("layernorm", (4096, 768)).slab
 
 
+@pytest.mark.skipif(12 * L2 > L3, reason="what is stored past the cache is not much larger than a core's L2")
+def test_samples_past_the_cache_are_whole_where_channels_are_last():
+    positions, samples = L2 // (1024 * 4), L3 // L2
+    past = fastnorm.plan("groupnorm", (samples, positions, 1024), groups=32, axis=-1, threads=2)
+    assert (past.streams, past.shared, past.slab) == (True, False, 1024), "rows follow one another in memory"
+    within = fastnorm.plan("groupnorm", (4, positions, 1024), groups=32, axis=-1, threads=2)
+    assert (within.streams, within.shared, within.slab % 32) == (False, False, 0)
+    assert within.slab_bytes <= L2 // 2
+
+
 @pytest.mark.skipif(4 * L2 > L3, reason="two samples beyond a core's L2 do not fit half of L3")
 @pytest.mark.parametrize(("samples", "threads", "shared"), [(2, 2, False), (4, 2, False), (3, 2, True), (1, 2, True)])
 def test_samples_are_shared_only_where_threads_would_wait(samples, threads, shared):

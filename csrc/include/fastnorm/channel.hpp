@@ -168,6 +168,11 @@ struct ChannelCall {
     return s;
   }
 
+  // Elements from those being summed to those being fetched: rows of all channels, beyond the cache.
+  size_t summed_ahead(size_t width, size_t arrays) const {
+    return plan.stream && width == channels() ? geometry.summed_ahead(arrays) : 0;
+  }
+
   // mean and var of the slab's statistics.
   template <class Loop>
   void moments(const Slab& s, Loop loop, A* workspace) const {
@@ -195,7 +200,7 @@ struct ChannelCall {
   template <class Walk, class Loop>
   double channel_moments(const Walk& walk, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
     const size_t width = c1 - c0, groups = walk.cut.groups;
-    const size_t ahead = plan.stream && width == channels() ? geometry.summed_ahead() : 0;
+    const size_t ahead = summed_ahead(width, 1);
     loop(groups, [&](size_t g, int worker) {
       walk.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
                    workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
@@ -247,9 +252,10 @@ struct ChannelCall {
     const size_t width = s.width();
     for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
     geometry.spread(s.k.centre, width);
+    const size_t ahead = summed_ahead(width, 2);
     loop(groups(), [&](size_t g, int worker) {
       geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
-                      workspace + static_cast<size_t>(worker) * Geometry::kWorkspace);
+                      workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
     });
     for (size_t g = 1; g < groups(); ++g) {
       add(s.first, s.first + g * width, width);

@@ -24,15 +24,17 @@ struct Columns {
   static constexpr size_t kSettled = 64;
   // Rows whose mean is the first pivot.
   static constexpr size_t kPivotRows = 8;
-  // Rows whose moments are summed together.
+  // Rows that are summed together, half as many of two arrays.
   static constexpr size_t kSummedRows = 8;
 
   ChannelShape shape;
   Cut cut;
 
   size_t row_length() const { return shape.channels * shape.inner; }
-  // Elements from those whose moments are taken to those being fetched, which are not among the rows taken together.
-  size_t summed_ahead() const { return kSummedRows * row_length() <= kSummedAhead ? kSummedAhead : 0; }
+  // Elements from those being summed to those being fetched, of each of `arrays`: not among the rows taken together.
+  size_t summed_ahead(size_t arrays) const {
+    return kSummedRows * row_length() <= kSummedAhead ? kSummedAhead / arrays : 0;
+  }
   double count(size_t g) const { return static_cast<double>((last_row(g) - first_row(g)) * shape.inner); }
   size_t first_row(size_t g) const { return first_unit(cut, g) * cut.rows; }
   size_t last_row(size_t g) const { return std::min(shape.outer, last_unit(cut, g) * cut.rows); }
@@ -227,7 +229,7 @@ struct Columns {
 
   // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over group g; `centres` is spread.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
-              double* sum_dyx, A* workspace) const {
+              double* sum_dyx, A* workspace, size_t ahead) const {
     workspace += shift(x + c0 * shape.inner);
     A *grads = workspace, *products = workspace + kPitch;
     std::fill_n(sum_dy, c1 - c0, 0.0);
@@ -238,12 +240,16 @@ struct Columns {
         const size_t n = std::min(block_channels(), c1 - w);
         const A* centre = centres + (w - c0) * shape.inner;
         const size_t block = u.row * row_length() + w * shape.inner;
-        sum_block<4, 2>(u, n, lead(x + block), {grads, products},
-                        [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-                          const Vector<A> grad = how.load(dy + block + at);
-                          sum[0] += grad;
-                          sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
-                        });
+        sum_block<kSummedRows / 2, 2>(u, n, lead(x + block), {grads, products},
+                                      [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+                                        if (ahead != 0) {
+                                          __builtin_prefetch(dy + block + at + ahead);
+                                          __builtin_prefetch(x + block + at + ahead);
+                                        }
+                                        const Vector<A> grad = how.load(dy + block + at);
+                                        sum[0] += grad;
+                                        sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
+                                      });
         for (size_t c = 0; c < n; ++c) {
           sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
           sum_dyx[w - c0 + c] += static_cast<double>(products[c]);

@@ -14,10 +14,10 @@ constexpr std::size_t kSerial = 1 << 16;
 // Elements from a line being written to the one being fetched, in the same stream, where no next slab or row is
 // known.
 constexpr std::size_t kReadAhead = 256;
-// Elements from those being summed to those being fetched where channels lie side by side and short rows of all of them
-// come from memory: several rows at a time are no sequence that the processor would go on with by itself. On one core,
-// moments of (50176, 256) 1.8 to 1.5 ms, with half of the distance as without; of (12544, 1024), twice as far, 1.5 to
-// 1.9.
+// Elements from those being summed to those being fetched, half as many of two arrays, where channels lie side by side
+// and short rows of all of them come from memory: several rows at a time are no sequence that the processor would go on
+// with by itself. On one core, moments of (50176, 256) 1.8 to 1.5 ms, with half of the distance as without; of (12544,
+// 1024), twice as far, 1.5 to 1.9.
 constexpr std::size_t kSummedAhead = 4096;
 
 // Rows, backward: swept together, so that column sums are read and written once for all of them;

@@ -19,7 +19,7 @@ struct Runs {
   size_t spread_length(size_t n) const { return n; }
   void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, n, span); }
   size_t shift(const T*) const { return 0; }
-  size_t summed_ahead() const { return 0; }
+  size_t summed_ahead(size_t) const { return 0; }
 
   size_t place(const Unit& u, size_t c) const { return (u.row * shape.channels + c) * shape.inner + u.at; }
   size_t stride() const { return shape.channels * shape.inner; }
@@ -168,7 +168,7 @@ struct Runs {
 
   // The same of channels [c0, c1) over group g.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
-              double* sum_dyx, A*) const {
+              double* sum_dyx, A*, size_t) const {
     std::fill_n(sum_dy, c1 - c0, 0.0);
     std::fill_n(sum_dyx, c1 - c0, 0.0);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
