@@ -87,11 +87,12 @@ FASTNORM_INLINE AroundPivot<Vector<Acc<T>>> lanes_around(Vector<Acc<T>> pivot, c
   Vector<A> sums[4] = {}, squares[4] = {};
   for (size_t r = 0; r < runs; ++r) {
     const T* run = x + r * stride;
-    sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
+    const auto add = [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
       const Vector<A> d = how.load(run + i, pivot) - pivot;
       sums[k] += d;
       squares[k] = mul_add(d, d, squares[k]);
-    });
+    };
+    sum_run<A>(length, add, runs == 1 ? begun_at(run, length) : 0);
   }
   return {combined(sums), combined(squares)};
 }
@@ -154,10 +155,11 @@ template <class T>
 FASTNORM_INLINE Moments block_squares(const T* x, size_t length) {
   using A = Acc<T>;
   Vector<A> squares[4] = {};
-  sum_run<A>(length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
+  const auto add = [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
     const Vector<A> value = how.load(x + i);
     squares[k] = mul_add(value, value, squares[k]);
-  });
+  };
+  sum_run<A>(length, add, begun_at(x, length));
   return {static_cast<double>(length), 0.0, total<A>(combined(squares))};
 }
 

@@ -20,6 +20,9 @@ constexpr std::size_t kReadAhead = 256;
 // 1024), twice as far, 1.5 to 1.9.
 constexpr std::size_t kSummedAhead = 4096;
 
+// Rows, forward: up to so many columns, the moments of four are taken together. On one core in a cache, (4096, 64)
+// takes 60 us instead of 67, (1000, 50) 14 instead of 16, but (1024, 1024) 95 instead of 88.
+constexpr std::size_t kFourRows = 128;
 // Rows, backward: swept together, so that column sums are read and written once for all of them;
 constexpr std::size_t kSweep = 4;
 // whose column sums are accumulated in the accumulation dtype before they go to double;
@@ -115,7 +118,7 @@ struct RowPlan {
   bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
   std::size_t rows;    // that go through all passes before the next ones
   std::size_t task;    // rows a task
-  std::size_t before;  // forward: rows whose moments are taken before a row is written
+  std::size_t before;  // rows whose moments or sums are taken before a row is written; 0 where rows are long or swept
   std::size_t ahead;   // elements from those being written to those being fetched
   bool stream;
   std::size_t passes;

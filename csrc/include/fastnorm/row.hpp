@@ -37,6 +37,11 @@ struct Row {
   // Bytes of rows that are measured, then written together: they should still be in a first-level cache.
   static constexpr size_t kTogetherBytes = size_t{32} << 10;
 
+  // `begun_at` of a row where it is that of all rows, else 0.
+  FASTNORM_INLINE static size_t begun_in_rows(const T* p, size_t cols) {
+    return cols * sizeof(T) % kLineBytes == 0 ? begun_at(p, cols) : 0;
+  }
+
   // ---- forward ----
 
   // xhat = (x - centre)*scale + shift along a row.
@@ -65,7 +70,7 @@ struct Row {
                                              double eps, const Parameter<A>& gamma, const Parameter<A>& beta) {
     Affine rows[kSweep];
     repeat<kSweep>([&](auto r) FASTNORM_INLINE_LAMBDA { rows[r] = affine(mean ? mean[r] : 0.0, var[r], eps); });
-    for_columns<A>(cols, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+    for_vectors<A>(cols, begun_in_rows(y, cols), [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> scale = how.load(gamma.at(k)), shift = how.load(beta.at(k));
       repeat<kSweep>([&](auto r) FASTNORM_INLINE_LAMBDA {
         put(y + r * cols + k, mul_add(rows[r].xhat(how.load(x + r * cols + k)), scale, shift), how);
@@ -136,17 +141,34 @@ struct Row {
       mean[row] = m.mean;
       var[row] = variance(m);
     };
+    const auto measure_some = [&](size_t row, size_t end) FASTNORM_INLINE_LAMBDA {
+      if (mean != nullptr && cols <= kFourRows)
+        for (; row + 4 <= end; row += 4) {
+          Moments found[4];
+          four_moments(x + row * cols, cols, found);
+          for (size_t k = 0; k < 4; ++k) {
+            mean[row + k] = found[k].mean;
+            var[row + k] = variance(found[k]);
+          }
+        }
+      for (; row < end; ++row) measure(row);
+    };
     if (!plan.stream && kSweep * cols * sizeof(T) <= kTogetherBytes)
       for (; first + kSweep <= last; first += kSweep) {
-        for (size_t row = first; row < first + kSweep; ++row) measure(row);
+        measure_some(first, first + kSweep);
         apply_together(x + first * cols, y + first * cols, cols, mean ? mean + first : nullptr, var + first, eps, gamma,
                        beta);
       }
-    for (size_t row = first; row < std::min(last, first + plan.before); ++row) measure(row);
-    for (size_t row = first; row < last; ++row) {
-      if (row + plan.before < last) measure(row + plan.before);
-      apply(writer, x + row * cols, y + row * cols, 0, cols, mean ? mean[row] : 0.0, var[row], eps, gamma, beta,
-            row * cols + plan.ahead < last * cols ? plan.ahead : kReadAhead);
+    const size_t step = cols <= kFourRows ? 4 : 1;
+    size_t measured = std::min(last, first + plan.before);
+    measure_some(first, measured);
+    for (size_t row = first; row < last;) {
+      const size_t more = std::min(last, measured + step);
+      measure_some(measured, more);
+      measured = more;
+      for (const size_t end = std::min(last, row + step); row < end; ++row)
+        apply(writer, x + row * cols, y + row * cols, 0, cols, mean ? mean[row] : 0.0, var[row], eps, gamma, beta,
+              row * cols + plan.ahead < last * cols ? plan.ahead : kReadAhead);
     }
   }
 
@@ -181,30 +203,46 @@ struct Row {
     double g, gx;
   };
 
+  // Adds a vector of a row to its sums and to the column sums.
+  template <class How>
+  FASTNORM_INLINE static void add(How how, const T* dy, const T* x, const Known& row, Vector<A> scale, Vector<A>& g_sum,
+                                  Vector<A>& gx_sum, Vector<A>& gamma_sum, Vector<A>& beta_sum) {
+    const Vector<A> centre = broadcast(row.centre), grad = how.load(dy), centred = how.load(x, centre) - centre,
+                    xhat = mul_add(centred, broadcast(row.rstd), broadcast(row.shift)), g = grad * scale;
+    beta_sum += grad;
+    gamma_sum = mul_add(grad, xhat, gamma_sum);
+    g_sum += g;
+    gx_sum = mul_add(g, centred, gx_sum);
+  }
+
+  // Column sums of a task, whole vectors: [k] is that of column k, `begun` lanes into a vector.
+  struct ColumnSums {
+    A *gamma, *beta;
+
+    template <class How, class F>
+    FASTNORM_INLINE void update(size_t k, How how, const F& f) const {
+      const Vector<A> gamma_before = load(gamma + k - how.skip), beta_before = load(beta + k - how.skip);
+      Vector<A> gamma_sum = gamma_before, beta_sum = beta_before;
+      f(gamma_sum, beta_sum);
+      store(gamma + k - how.skip, how.pick(gamma_sum, gamma_before));
+      store(beta + k - how.skip, how.pick(beta_sum, beta_before));
+    }
+  };
+
   // Sweeps columns [k0, k1) of `n` rows (at most kSweep): adds each row's sums, and the rows' dy*xhat and dy
-  // to the column sums dgamma and dbeta.
+  // to the column sums.
   template <size_t n>
-  FASTNORM_INLINE static void sweep(const T* dy, const T* x, size_t cols, size_t k0, size_t k1, const Known* rows,
-                                    const Parameter<A>& gamma, Sums* sums, A* dgamma, A* dbeta) {
+  FASTNORM_INLINE static void sweep(const T* dy, const T* x, size_t cols, size_t k0, size_t k1, size_t begun,
+                                    const Known* rows, const Parameter<A>& gamma, Sums* sums, ColumnSums columns) {
     for (size_t start = k0; start < k1; start += kChunk) {
       Vector<A> g_sum[n] = {}, gx_sum[n] = {};
-      for_columns<A>(std::min(kChunk, k1 - start), [&](size_t i, auto how) {
+      for_vectors<A>(std::min(kChunk, k1 - start), begun, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
         const size_t k = start + i;
         const Vector<A> scale = how.load(gamma.at(k));
-        Vector<A> gamma_sum = how.load(dgamma + (k - k0)), beta_sum = how.load(dbeta + (k - k0));
-        for (size_t r = 0; r < n; ++r) {
-          const Vector<A> centre = broadcast(rows[r].centre);
-          const Vector<A> grad = how.load(dy + r * cols + k);
-          const Vector<A> centred = how.load(x + r * cols + k, centre) - centre;
-          beta_sum += grad;
-          const Vector<A> xhat = mul_add(centred, broadcast(rows[r].rstd), broadcast(rows[r].shift));
-          gamma_sum = mul_add(grad, xhat, gamma_sum);
-          const Vector<A> g = grad * scale;
-          g_sum[r] += g;
-          gx_sum[r] = mul_add(g, centred, gx_sum[r]);
-        }
-        put(dgamma + (k - k0), gamma_sum, how);
-        put(dbeta + (k - k0), beta_sum, how);
+        columns.update(k - k0, how, [&](Vector<A>& gamma_sum, Vector<A>& beta_sum) FASTNORM_INLINE_LAMBDA {
+          for (size_t r = 0; r < n; ++r)
+            add(how, dy + r * cols + k, x + r * cols + k, rows[r], scale, g_sum[r], gx_sum[r], gamma_sum, beta_sum);
+        });
       });
       for (size_t r = 0; r < n; ++r) {
         sums[r].g += total<A>(g_sum[r]);
@@ -214,13 +252,13 @@ struct Row {
   }
 
   // The rows of `sweep` by number: whole sweeps, then the rest one at a time.
-  static size_t sweep_rows(const T* dy, const T* x, size_t cols, size_t left, size_t k0, size_t k1, const Known* rows,
-                           const Parameter<A>& gamma, Sums* sums, A* dgamma, A* dbeta) {
+  static size_t sweep_rows(const T* dy, const T* x, size_t cols, size_t left, size_t k0, size_t k1, size_t begun,
+                           const Known* rows, const Parameter<A>& gamma, Sums* sums, ColumnSums columns) {
     if (left >= kSweep) {
-      sweep<kSweep>(dy, x, cols, k0, k1, rows, gamma, sums, dgamma, dbeta);
+      sweep<kSweep>(dy, x, cols, k0, k1, begun, rows, gamma, sums, columns);
       return kSweep;
     }
-    sweep<1>(dy, x, cols, k0, k1, rows, gamma, sums, dgamma, dbeta);
+    sweep<1>(dy, x, cols, k0, k1, begun, rows, gamma, sums, columns);
     return 1;
   }
 
@@ -240,9 +278,7 @@ struct Row {
   }
 
   FASTNORM_INLINE static void write_dx(Writer<T>& writer, const T* dy, const T* x, T* dx, size_t k0, size_t k1,
-                                       size_t cols, const Known& row, const Sums& sums, const Parameter<A>& gamma,
-                                       size_t ahead) {
-    const Descent form = descent(row, sums, cols);
+                                       const Descent& form, const Parameter<A>& gamma, size_t ahead) {
     writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0, x + k0}, ahead}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
       return form.dx(g, how.load(x + k0 + i));
@@ -253,7 +289,7 @@ struct Row {
   FASTNORM_INLINE static void write_pair(const T* dy, const T* x, T* dx, size_t cols, const Known* rows,
                                          const Sums* sums, const Parameter<A>& gamma) {
     const Descent forms[2] = {descent(rows[0], sums[0], cols), descent(rows[1], sums[1], cols)};
-    for_columns<A>(cols, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+    for_vectors<A>(cols, begun_in_rows(dx, cols), [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> scale = how.load(gamma.at(k));
       repeat<2>([&](auto r) FASTNORM_INLINE_LAMBDA {
         const size_t i = r * cols + k;
@@ -262,16 +298,73 @@ struct Row {
     });
   }
 
+  // Writes dx of a row past the cache, and meanwhile adds up the sums of the next one, a vector for each that is
+  // stored: two arrays come from memory fastest when they are read in order, in step with the stores.
+  FASTNORM_INLINE static Sums write_and_sum(Writer<T>& writer, const T* dy, const T* x, T* dx, size_t cols,
+                                            size_t begun, const Descent& form, const Known& next,
+                                            const Parameter<A>& gamma, ColumnSums columns, size_t ahead) {
+    const T *next_dy = dy + cols, *next_x = x + cols;
+    Vector<A> g_sum{}, gx_sum{};
+    const auto add_next = [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+      columns.update(k, how, [&](Vector<A>& gamma_sum, Vector<A>& beta_sum) FASTNORM_INLINE_LAMBDA {
+        add(how, next_dy + k, next_x + k, next, how.load(gamma.at(k)), g_sum, gx_sum, gamma_sum, beta_sum);
+      });
+    };
+    const Ahead<T, 2> fetch{{next_dy, next_x}, ahead};
+    size_t summed = 0;
+    if (begun > 0) {
+      summed = kLanes<A> - begun;
+      add_next(0, Part{summed, begun});
+    }
+    writer.run(dx, cols, Ahead<T, 2>{}, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+      if constexpr (std::is_same_v<decltype(how), Whole>) {
+        fetch.line(summed);
+        add_next(summed, how);
+        summed += kLanes<A>;
+      }
+      return form.dx(how.load(dy + k) * how.load(gamma.at(k)), how.load(x + k));
+    });
+    for_columns<A>(cols - summed, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA { add_next(summed + k, how); });
+    return {total<A>(g_sum), total<A>(gx_sum)};
+  }
+
+  // A task of short rows past the cache.
+  static void streamed_rows(const T* dy, const T* x, size_t cols, size_t first, size_t last, const double* mean,
+                            const double* var, double eps, const Parameter<A>& gamma, T* dx, size_t begun,
+                            ColumnSums columns, size_t ahead) {
+    const auto known_of = [&](size_t r) FASTNORM_INLINE_LAMBDA { return known(mean ? mean[r] : 0.0, var[r], eps); };
+    const auto form_of = [&](const Known& row, const Sums& sums)
+                             FASTNORM_INLINE_LAMBDA { return descent(row, {mean ? sums.g : 0.0, sums.gx}, cols); };
+    size_t at = first * cols;
+    Known row = known_of(first);
+    Sums sums{};
+    sweep<1>(dy + at, x + at, cols, 0, cols, begun, &row, gamma, &sums, columns);
+    Writer<T> writer(true);
+    for (size_t r = first + 1; r < last; ++r, at += cols) {
+      const Descent form = form_of(row, sums);
+      row = known_of(r);
+      sums = write_and_sum(writer, dy + at, x + at, dx + at, cols, begun, form, row, gamma, columns, ahead);
+    }
+    write_dx(writer, dy + at, x + at, dx + at, 0, cols, form_of(row, sums), gamma, 0);
+  }
+
   // Rows that fit a core's cache: a task takes some rows and keeps column sums of its own.
   static void short_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
                          const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
     const size_t cols = shape.cols;
     const size_t tasks = (shape.rows + plan.task - 1) / plan.task;
-    const Workspace<A> sums(2 * tasks * cols);
+    // Aligned, the four rows of a sweep are read slower beyond the cache: (16384, 1024) on one core 7.0 ms, not 6.1.
+    const size_t begun = plan.before > 0 ? begun_in_rows(dx, cols) : plan.stream ? 0 : begun_in_rows(x, cols);
+    const size_t pitch = (begun + cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    const Workspace<A> sums(2 * tasks * pitch);
     const auto one = [&](size_t task, int) {
-      A *gamma_sum = sums.data() + 2 * task * cols, *beta_sum = gamma_sum + cols;
-      std::fill_n(gamma_sum, 2 * cols, A{});
+      std::fill_n(sums.data() + 2 * task * pitch, 2 * pitch, A{});
+      const ColumnSums columns{sums.data() + 2 * task * pitch + begun, sums.data() + (2 * task + 1) * pitch + begun};
       const size_t last = std::min(shape.rows, (task + 1) * plan.task);
+      if (plan.before > 0) {
+        streamed_rows(dy, x, cols, task * plan.task, last, mean, var, eps, gamma, dx, begun, columns, plan.ahead);
+        return;
+      }
       Writer<T> writer(plan.stream);
       for (size_t row = task * plan.task; row < last;) {
         Known rows[kSweep];
@@ -280,16 +373,18 @@ struct Row {
         for (size_t r = 0; r < std::min(kSweep, left); ++r)
           rows[r] = known(mean ? mean[row + r] : 0.0, var[row + r], eps);
         const size_t at = row * cols;
-        const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, rows, gamma, along, gamma_sum, beta_sum);
+        const size_t done = sweep_rows(dy + at, x + at, cols, left, 0, cols, begun, rows, gamma, along, columns);
         if (mean == nullptr)
           for (Sums& sum : along) sum.g = 0;
         size_t r = 0;
         if (!plan.stream)
           for (; r + 2 <= done; r += 2)
             write_pair(dy + at + r * cols, x + at + r * cols, dx + at + r * cols, cols, rows + r, along + r, gamma);
-        for (; r < done; ++r)
-          write_dx(writer, dy + at + r * cols, x + at + r * cols, dx + at + r * cols, 0, cols, cols, rows[r], along[r],
-                   gamma, row + done < last ? plan.ahead : kReadAhead);
+        const size_t ahead = row + done < last ? plan.ahead : kReadAhead;
+        for (; r < done; ++r) {
+          const size_t here = at + r * cols;
+          write_dx(writer, dy + here, x + here, dx + here, 0, cols, descent(rows[r], along[r], cols), gamma, ahead);
+        }
         row += done;
       }
     };
@@ -297,7 +392,7 @@ struct Row {
       const size_t k0 = strip * kStrip, n = std::min(kStrip, cols - k0);
       double gamma_total[kStrip] = {}, beta_total[kStrip] = {};
       for (size_t task = 0; task < tasks; ++task) {
-        const A *gamma_sum = sums.data() + 2 * task * cols + k0, *beta_sum = gamma_sum + cols;
+        const A *gamma_sum = sums.data() + 2 * task * pitch + begun + k0, *beta_sum = gamma_sum + pitch;
         for (size_t k = 0; k < n; ++k) {
           gamma_total[k] += static_cast<double>(gamma_sum[k]);
           beta_total[k] += static_cast<double>(beta_sum[k]);
@@ -325,9 +420,9 @@ struct Row {
     const Workspace<Sums> partial(plan.rows * pieces);
     const Workspace<Known> rows(plan.rows);
     const Workspace<Sums> along(plan.rows);
-    const Workspace<A> columns(2 * cols);
-    A *gamma_sums = columns.data(), *beta_sums = gamma_sums + cols;
-    std::fill_n(gamma_sums, 2 * cols, A{});
+    const size_t begun = plan.stream ? 0 : begun_in_rows(x, cols), pitch = kChunk + kLanes<A>;
+    const Workspace<A> sums(2 * pieces * pitch);
+    std::fill_n(sums.data(), 2 * pieces * pitch, A{});
     if (dgamma != nullptr) {
       std::fill_n(dgamma, cols, 0.0);
       std::fill_n(dbeta, cols, 0.0);
@@ -340,19 +435,21 @@ struct Row {
       const bool full = summed >= kTaskRows || first + n == shape.rows;
       parallel_for(pieces, [&](size_t piece, int) {
         const size_t k0 = piece * kChunk, k1 = std::min(cols, k0 + kChunk);
+        const ColumnSums columns{sums.data() + 2 * piece * pitch + begun,
+                                 sums.data() + (2 * piece + 1) * pitch + begun};
         for (size_t r = 0; r < n;) {
-          Sums sums[kSweep] = {};
+          Sums sums_of_piece[kSweep] = {};
           const size_t at = (first + r) * cols;
-          const size_t done = sweep_rows(dy + at, x + at, cols, n - r, k0, k1, rows.data() + r, gamma, sums,
-                                         gamma_sums + k0, beta_sums + k0);
-          for (size_t j = 0; j < done; ++j) partial.data()[(r + j) * pieces + piece] = sums[j];
+          const size_t done =
+              sweep_rows(dy + at, x + at, cols, n - r, k0, k1, begun, rows.data() + r, gamma, sums_of_piece, columns);
+          for (size_t j = 0; j < done; ++j) partial.data()[(r + j) * pieces + piece] = sums_of_piece[j];
           r += done;
         }
         if (!full || dgamma == nullptr) return;
         for (size_t k = k0; k < k1; ++k) {
-          dgamma[k] += static_cast<double>(gamma_sums[k]);
-          dbeta[k] += static_cast<double>(beta_sums[k]);
-          gamma_sums[k] = beta_sums[k] = A{};
+          dgamma[k] += static_cast<double>(columns.gamma[k - k0]);
+          dbeta[k] += static_cast<double>(columns.beta[k - k0]);
+          columns.gamma[k - k0] = columns.beta[k - k0] = A{};
         }
       });
       if (full) summed = 0;
@@ -370,7 +467,8 @@ struct Row {
         Writer<T> writer(plan.stream);
         for (size_t r = n; r-- > 0;) {
           const size_t at = (first + r) * cols;
-          write_dx(writer, dy + at, x + at, dx + at, k0, k1, cols, rows.data()[r], along.data()[r], gamma, plan.ahead);
+          write_dx(writer, dy + at, x + at, dx + at, k0, k1, descent(rows.data()[r], along.data()[r], cols), gamma,
+                   plan.ahead);
         }
       };
       parallel_for(pieces, write, Order::descending);

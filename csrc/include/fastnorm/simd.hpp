@@ -259,28 +259,30 @@ FASTNORM_INLINE Vector<Acc<T>> load_part(const T* p, size_t n, Vector<Acc<T>> fi
 #endif
 }
 
+// Lanes [skip, skip + n) to p on.
 template <class T>
-FASTNORM_INLINE void store_part(T* p, Vector<Acc<T>> v, size_t n) {
+FASTNORM_INLINE void store_part(T* p, Vector<Acc<T>> v, size_t n, size_t skip = 0) {
 #if FASTNORM_AVX512
+  const auto mask = static_cast<__mmask16>(((1u << n) - 1) << skip);
   if constexpr (sizeof(T) == 4)
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+    _mm512_mask_storeu_ps(p - skip, mask, (__m512)v);
   else if constexpr (sizeof(T) == 8)
-    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+    _mm512_mask_storeu_pd(p - skip, static_cast<__mmask8>(mask), (__m512d)v);
   else
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)narrow(v, T{}));
+    _mm256_mask_storeu_epi16(p - skip, mask, (__m256i)narrow(v, T{}));
 #else
 #if FASTNORM_AVX2
   if constexpr (sizeof(T) == 4) {
-    _mm256_maskstore_ps(p, (__m256i)lanes_between<T>(0, n), (__m256)v);
+    _mm256_maskstore_ps(p - skip, (__m256i)lanes_between<T>(skip, skip + n), (__m256)v);
     return;
   } else if constexpr (sizeof(T) == 8) {
-    _mm256_maskstore_pd(p, (__m256i)lanes_between<T>(0, n), (__m256d)v);
+    _mm256_maskstore_pd(p - skip, (__m256i)lanes_between<T>(skip, skip + n), (__m256d)v);
     return;
   }
 #endif
   alignas(kVectorBytes) T lane[kLanes<Acc<T>>];
   store(lane, v);
-  for (size_t i = 0; i < n; ++i) p[i] = lane[i];
+  for (size_t i = 0; i < n; ++i) p[i] = lane[skip + i];
 #endif
 }
 
@@ -296,6 +298,10 @@ struct Whole {
   FASTNORM_INLINE Vector<Acc<T>> load(const T* p, Vector<Acc<T>>) const {
     return FASTNORM_LEVEL::load(p);
   }
+  template <class V>
+  FASTNORM_INLINE V pick(V v, V) const {
+    return v;
+  }
 };
 struct Part {
   size_t n, skip = 0;
@@ -307,7 +313,22 @@ struct Part {
   FASTNORM_INLINE Vector<Acc<T>> load(const T* p, Vector<Acc<T>> fill) const {
     return load_part(p, n, fill, skip);
   }
+  // These lanes of v, the others of `otherwise`.
+  template <class V>
+  FASTNORM_INLINE V pick(V v, V otherwise) const {
+    return lanes_between<std::remove_reference_t<decltype(v[0])>>(skip, skip + n) ? v : otherwise;
+  }
 };
+
+// Lanes before p in the aligned vector that it lies in. A run of n elements is best walked in aligned vectors, the
+// first of them a part, where every other one would lie in two lines; not where a vector is less than a line, or the
+// run short.
+template <class T>
+FASTNORM_INLINE size_t begun_at(const T* p, size_t n) {
+  constexpr size_t lanes = kLanes<Acc<T>>;
+  if (kVectorBytes < kLineBytes || n < 16 * lanes) return 0;
+  return reinterpret_cast<std::uintptr_t>(p) % (lanes * sizeof(T)) / sizeof(T);
+}
 
 // Lines of inputs to fetch while an output is written: those that the next slab or row will read. A store
 // past the cache leaves the load ports idle; reading ahead meanwhile hides the next first pass. One array is fetched
@@ -323,84 +344,19 @@ struct Ahead {
   }
 };
 
-// Writes runs: y[i] = f(i) for i in [0, n), a vector at a time, where f(i, how) returns the lanes from i on.
-//
-// With `past_cache` only whole aligned vectors are streamed. A vector that a run ends in is held back until the
-// next run completes it, so runs that follow one another in memory are one stream; only where they don't is a
-// broken vector stored plainly. A plain store of a line that is not in cache waits for it to be read and holds
-// up the streamed stores behind it: with one at each end, rows of 512 bytes took twice the time.
-template <class T>
-class Writer {
- public:
-  explicit Writer(bool past_cache) : past_cache_(past_cache) {}
-  ~Writer() { flush(); }
-  Writer(const Writer&) = delete;
-  Writer& operator=(const Writer&) = delete;
-
-  template <class Fetch, class F>
-  FASTNORM_INLINE void run(T* y, size_t n, const Fetch& ahead, const F& f) {
-    size_t i = 0;
-    if (past_cache_) {
-      if (held_ != 0 && y != next_) flush();
-      ahead.line(0);
-      const size_t begun = reinterpret_cast<std::uintptr_t>(y) % (kStep * sizeof(T)) / sizeof(T);
-      if (begun != 0) {
-        i = n < kStep - begun ? n : kStep - begun;
-        if (held_ != 0)
-          complete(y, i, f(0, Part{i, begun}));
-        else
-          store_part(y, f(0, Part{i}), i);
-      }
-      for (; i + kLine <= n; i += kLine) {
-        ahead.line(i);
-        for (size_t k = 0; k < kLine; k += kStep) stream(y + i + k, f(i + k, Whole{}));
-      }
-      for (; i + kStep <= n; i += kStep) stream(y + i, f(i, Whole{}));
-      if (i < n) {
-        ahead.line(n - 1);
-        vector_ = f(i, Part{n - i});
-        held_ = n - i;
-        next_ = y + n;
-      }
-      return;
-    }
-    for (; i + kStep <= n; i += kStep) store(y + i, f(i, Whole{}));
-    if (i < n) store_part(y + i, f(i, Part{n - i}), n - i);
-  }
-
- private:
-  using A = Acc<T>;
-  static constexpr size_t kStep = kLanes<A>;
-  static constexpr size_t kLine = kLineBytes / sizeof(T) > kStep ? kLineBytes / sizeof(T) : kStep;
-
-  // Puts lanes [held_, held_ + n) of `more` to those held.
-  FASTNORM_INLINE void complete(T* y, size_t n, Vector<A> more) {
-    vector_ = lanes_between<A>(0, held_) ? vector_ : more;
-    held_ += n;
-    next_ = y + n;
-    if (held_ == kStep) {
-      stream(next_ - kStep, vector_);
-      held_ = 0;
-    }
-  }
-
-  FASTNORM_INLINE void flush() {
-    if (held_ != 0) store_part(next_ - held_, vector_, held_);
-    held_ = 0;
-  }
-
-  Vector<A> vector_{};
-  T* next_ = nullptr;
-  size_t held_ = 0;
-  bool past_cache_;
-};
-
 // Sums over a run, four accumulators deep to hide the latency of addition: add(i, how, k) adds the lanes
-// from i on into accumulator k. The same lanes go to the same accumulator whatever surrounds the run.
+// from i on into accumulator k. Elements that are a multiple of four vectors apart meet in a lane of an accumulator.
+// With `begun` the run begins so many lanes into its first vector, which turns lanes, and for some of them
+// accumulators, by the same number of steps: `combined` and `total` do not see that, so a sum does not depend on where
+// a run begins.
 template <class A, class F>
-FASTNORM_INLINE void sum_run(size_t n, const F& add) {
+FASTNORM_INLINE void sum_run(size_t n, const F& add, size_t begun = 0) {
   constexpr size_t lanes = kLanes<A>;
   size_t i = 0;
+  if (begun > 0) {
+    i = n < lanes - begun ? n : lanes - begun;
+    add(0, Part{i, begun}, 3);
+  }
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
     add(i, Whole{}, 0);
     add(i + lanes, Whole{}, 1);
@@ -413,11 +369,16 @@ FASTNORM_INLINE void sum_run(size_t n, const F& add) {
   if (whole > 1) add(i + lanes, Whole{}, 1);
   if (whole > 2) add(i + 2 * lanes, Whole{}, 2);
   i += whole * lanes;
-  if (i < n) add(i, Part{n - i}, 3);
+  if (i == n) return;
+  const Part rest{n - i};
+  if (whole == 0) add(i, rest, 0);
+  if (whole == 1) add(i, rest, 1);
+  if (whole == 2) add(i, rest, 2);
+  if (whole == 3) add(i, rest, 3);
 }
 
-// The sum of all lanes, halves onto halves. By shuffles: through memory it costs a row of 128 a third of
-// its time.
+// The sum of all lanes, halves onto halves: the same however lanes are turned. By shuffles: through memory it costs a
+// row of 128 a third of its time.
 template <class A>
 FASTNORM_INLINE double total(Vector<A> v) {
   constexpr int n = static_cast<int>(kLanes<A>);
@@ -464,9 +425,10 @@ FASTNORM_INLINE bool any(Indices<A> v) {
   return v[0] != 0;
 }
 
+// The same however accumulators are turned.
 template <class V>
 FASTNORM_INLINE V combined(const V (&sums)[4]) {
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 // f(0), f(1) ... f(n - 1), each a constant: arrays of vectors that it indexes are registers.
@@ -486,8 +448,20 @@ FASTNORM_INLINE void for_columns(size_t n, const F& f) {
   if (c < n) f(c, Part{n - c});
 }
 
-// The same for `wide` vectors at a time, f(c, how, width), width as a constant; the last ones one at a time, and before
-// all others one of `lead` columns, fewer than a vector has.
+// The same where the first column lies `begun` lanes into its vector.
+template <class A, class F>
+FASTNORM_INLINE void for_vectors(size_t n, size_t begun, const F& f) {
+  size_t c = 0;
+  if (begun > 0) {
+    c = std::min(n, kLanes<A> - begun);
+    f(size_t{0}, Part{c, begun});
+  }
+  for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{});
+  if (c < n) f(c, Part{n - c});
+}
+
+// The columns for `wide` vectors at a time, f(c, how, width), width as a constant; the last ones one at a time, and
+// before all others one of `lead` columns, fewer than a vector has.
 template <class A, size_t wide, class F>
 FASTNORM_INLINE void for_columns(size_t n, size_t lead, const F& f) {
   constexpr std::integral_constant<size_t, wide> together{};
@@ -502,9 +476,80 @@ FASTNORM_INLINE void for_columns(size_t n, size_t lead, const F& f) {
 template <class T, class How>
 FASTNORM_INLINE void put(T* p, Vector<Acc<T>> v, How how) {
   if constexpr (std::is_same_v<How, Part>)
-    store_part(p, v, how.n);
+    store_part(p, v, how.n, how.skip);
   else
     store(p, v);
 }
+
+// Writes runs: y[i] = f(i) for i in [0, n), a vector at a time, where f(i, how) returns the lanes from i on.
+//
+// With `past_cache` only whole aligned vectors are streamed. A vector that a run ends in is held back until the
+// next run completes it, so runs that follow one another in memory are one stream; only where they don't is a
+// broken vector stored plainly. A plain store of a line that is not in cache waits for it to be read and holds
+// up the streamed stores behind it: with one at each end, rows of 512 bytes took twice the time.
+template <class T>
+class Writer {
+ public:
+  explicit Writer(bool past_cache) : past_cache_(past_cache) {}
+  ~Writer() { flush(); }
+  Writer(const Writer&) = delete;
+  Writer& operator=(const Writer&) = delete;
+
+  template <class Fetch, class F>
+  FASTNORM_INLINE void run(T* y, size_t n, const Fetch& ahead, const F& f) {
+    size_t i = 0;
+    if (past_cache_) {
+      if (held_ != 0 && y != next_) flush();
+      ahead.line(0);
+      const size_t begun = reinterpret_cast<std::uintptr_t>(y) % (kStep * sizeof(T)) / sizeof(T);
+      if (begun != 0) {
+        i = n < kStep - begun ? n : kStep - begun;
+        if (held_ != 0)
+          complete(y, i, f(0, Part{i, begun}));
+        else
+          store_part(y, f(0, Part{i}), i);
+      }
+      for (; i + kLine <= n; i += kLine) {
+        ahead.line(i);
+        for (size_t k = 0; k < kLine; k += kStep) stream(y + i + k, f(i + k, Whole{}));
+      }
+      for (; i + kStep <= n; i += kStep) stream(y + i, f(i, Whole{}));
+      if (i < n) {
+        ahead.line(n - 1);
+        vector_ = f(i, Part{n - i});
+        held_ = n - i;
+        next_ = y + n;
+      }
+      return;
+    }
+    for_vectors<A>(n, begun_at(y, n), [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA { put(y + k, f(k, how), how); });
+  }
+
+ private:
+  using A = Acc<T>;
+  static constexpr size_t kStep = kLanes<A>;
+  static constexpr size_t kLine = kLineBytes / sizeof(T) > kStep ? kLineBytes / sizeof(T) : kStep;
+
+  // Puts lanes [held_, held_ + n) of `more` to those held.
+  FASTNORM_INLINE void complete(T* y, size_t n, Vector<A> more) {
+    vector_ = lanes_between<A>(0, held_) ? vector_ : more;
+    held_ += n;
+    next_ = y + n;
+    if (held_ == kStep) {
+      stream(next_ - kStep, vector_);
+      held_ = 0;
+    }
+  }
+
+  FASTNORM_INLINE void flush() {
+    if (held_ != 0) store_part(next_ - held_, vector_, held_);
+    held_ = 0;
+  }
+
+  Vector<A> vector_{};
+  T* next_ = nullptr;
+  size_t held_ = 0;
+  bool past_cache_;
+};
 
 }  // namespace fastnorm::FASTNORM_LEVEL
