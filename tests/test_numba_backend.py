@@ -224,6 +224,19 @@ def test_values_far_from_zero_and_constants(sizes: tuple[int, int, int]) -> None
     np.testing.assert_allclose(y, truth, atol=2e-6)
 
 
+@pytest.mark.parametrize("far", [1, 20, 70, 100])
+@pytest.mark.parametrize("sizes", [(130, 40, 1), (200, 3, 1), (130, 8, 7)])
+def test_pivots_far_from_the_mean(sizes: tuple[int, int, int], far: int) -> None:
+    """The first `far` rows lie apart from the others, in and across chunks of 64: the squares lose a bit or two."""
+    x = np.random.default_rng(9).standard_normal(sizes).astype(np.float32)
+    x[far:] += 1e4
+    mean, var = np.empty(sizes[1]), np.empty(sizes[1])
+    numba_cpu.channel_moments(x, *sizes, mean, var)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(mean, wide.mean(axis=(0, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, wide.var(axis=(0, 2)), rtol=2e-6)
+
+
 def test_a_root_beyond_float32_keeps_constants_exact() -> None:
     x = np.full((3, 4), 7.0, np.float32)
     beta = np.full(4, 0.3, np.float32)

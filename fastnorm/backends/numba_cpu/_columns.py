@@ -6,8 +6,9 @@ statistics of their own, which `span` adjacent channels share. The spec of the t
 
     for block of channels:              at most WIDTH columns
         for part of rows:               about PART elements; parts run in parallel where blocks are few
-            for chunk of rows:          CHUNK rows, exact two-pass, the chunk being in the cache: sums down the
-                                        columns, then of the columns that belong to one channel
+            for chunk of rows:          CHUNK rows, in one pass around a pivot, the mean of what was before or of half
+                                        of the first chunk: sums down the columns, then of the columns
+                                        that belong to one channel
             merge the chunks in order
         merge the parts in order
     merge the channels that share a statistic
@@ -158,73 +159,64 @@ def _expand(values, channels, inner, copies):
 # ---- forward ---------------------------------------------------------------------------------------
 
 
-def _sum_down(term):
-    """sums[j] = the sum of term(x - centre) down each column, a few rows at a time, so that they stay in registers."""
-
-    @compiled
-    def sum_down(x, top, stride, rows, columns, centre, sums):
-        zero = spread4(x, 0.0)
-        for first in range(0, rows, TOGETHER):
-            last = least(first + TOGETHER, rows)
-            for j in range(0, columns, 4 * lanes(x)):
-                middle = load4(centre, j, SCRATCH, zero)
-                running = load4(sums, j, SCRATCH, zero) if first > 0 else zero
-                for row in range(first, last):
-                    running += term(load4(x, top + row * stride + j, columns - j, middle) - middle)
-                store4(sums, j, running, SCRATCH)
-
-    return sum_down
-
-
 @compiled
-def _itself(deviation):
-    return deviation
-
-
-@compiled
-def _squared(deviation):
-    return deviation * deviation
-
-
-_deviations = _sum_down(_itself)
-_squares = _sum_down(_squared)
+def _sums_down(x, top, stride, rows, columns, centre, sums, squares):
+    """Sums of x - centre and of their squares down each column, a few rows at a time, so that they stay in
+    registers."""
+    zero = spread4(x, 0.0)
+    for first in range(0, rows, TOGETHER):
+        last = least(first + TOGETHER, rows)
+        for j in range(0, columns, 4 * lanes(x)):
+            middle, running, square = load4(centre, j, SCRATCH, zero), zero, zero
+            if first > 0:
+                running, square = load4(sums, j, SCRATCH, zero), load4(squares, j, SCRATCH, zero)
+            for row in range(first, last):
+                deviation = load4(x, top + row * stride + j, columns - j, middle) - middle
+                running += deviation
+                square += deviation * deviation
+            store4(sums, j, running, SCRATCH)
+            store4(squares, j, square, SCRATCH)
 
 
 @compiled
 def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean, squares, into):
-    """Merge the moments of a matrix's channels into those of `seen` elements before."""
-    columns, zero = channels * inner * copies, spread4(x, 0.0)
-    centre, sums, chunk_mean = scratch(x), scratch(x), scratch(mean)
+    """Merge the moments of a matrix's channels into those of `seen` elements before.
+
+    The squares are those about a pivot, less what the pivot adds: that is at most what stays, where the first half
+    lies apart from the others, and of a later chunk at most twice what its merging adds. (The mean of a quarter as the
+    pivot cost two bits.)
+    """
+    values, zero = inner * copies, spread4(x, 0.0)
+    pivots, centre, sums, square, chunk_mean = scratch(x), scratch(x), scratch(x), scratch(x), scratch(mean)
     for chunk in range(0, rows, CHUNK):
         height = least(CHUNK, rows - chunk)
-        top, count = start + chunk * stride, height * inner * copies
+        top, count = start + chunk * stride, height * values
         share = count / (seen + count)
-        # The first value of each column is its pivot; where a channel has several columns, the mean of those.
-        for j in range(0, columns, 4 * lanes(x)):
-            store4(centre, j, load4(x, top + j, columns - j, zero), SCRATCH)
-        if inner > 1:
+        if seen > 0:
+            for c in range(0, channels, WIDE):
+                store_wide(pivots, c, load_wide(mean, into + c, channels - c), SCRATCH)
+        elif inner > 1:
             for c in range(channels):
-                put(centre, c, element(centre, c * inner))
-        for sweep in range(0 if inner * copies > 1 else 1, 3):  # the first row, the chunk, its squares
-            if sweep < 2:
-                for c in range(0, channels, WIDE):
-                    store_wide(chunk_mean, c, load_wide(centre, c, SCRATCH), SCRATCH)
+                put(pivots, c, element(x, top + c * inner))
+        else:
+            for c in range(0, channels, 4 * lanes(x)):
+                store4(pivots, c, load4(x, top + c, channels - c, zero), SCRATCH)
+        for sweep in range(1 if seen > 0 else 0, 2):  # the mean of half of the rows, of all
+            some = height if sweep == 1 else -(-height // 2)
+            for c in range(0, channels, 4 * lanes(x)):
+                store4(centre, c, load4(pivots, c, SCRATCH, zero), SCRATCH)
             _expand(centre, channels, inner, copies)
-            some = height if sweep > 0 else 1
-            if sweep < 2:
-                _deviations(x, top, stride, some, columns, centre, sums)
-            else:
-                _squares(x, top, stride, some, columns, centre, sums)
-            _collapse(sums, channels, inner, copies)
-            if sweep < 2:
-                for c in range(0, channels, WIDE):
-                    apart = load_wide(sums, c, SCRATCH) / (some * inner * copies)
-                    exact = load_wide(chunk_mean, c, SCRATCH) + apart
-                    store_wide(chunk_mean, c, exact, SCRATCH)
-                    store_wide(centre, c, exact, SCRATCH)
+            _sums_down(x, top, stride, some, channels * values, centre, sums, square)
+            for which in range(2):  # one copy of what is compiled
+                _collapse(sums if which == 0 else square, channels, inner, copies)
+            for c in range(0, channels, WIDE):
+                exact = load_wide(pivots, c, SCRATCH) + load_wide(sums, c, SCRATCH) / (some * values)
+                store_wide(chunk_mean, c, exact, SCRATCH)
+                if sweep == 0:
+                    store_wide(pivots, c, exact, SCRATCH)
         for c in range(0, channels, WIDE):
             at, left, exact = into + c, channels - c, load_wide(chunk_mean, c, SCRATCH)
-            more = centred_squares(load_wide(sums, c, SCRATCH), count, exact - rounded(x, exact))
+            more = centred_squares(load_wide(square, c, SCRATCH), count, exact - load_wide(pivots, c, SCRATCH))
             if seen > 0:
                 before = load_wide(mean, at, left)
                 more = merged_squares(before, load_wide(squares, at, left), exact, more, seen, share)
