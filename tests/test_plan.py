@@ -159,6 +159,17 @@ def test_the_order_of_sums_ignores_threads(op, shape, direction):
     assert len(groups) == 1
 
 
+def test_the_backward_of_short_rows_past_the_cache_sums_the_next_row():
+    def slab(rows: int, cols: int) -> int:
+        return fastnorm.plan("layernorm", (rows, cols), direction="backward").slab
+
+    rows = L3 // 4096
+    assert slab(rows, 1024) == 2, "the row that is stored and the next one"
+    assert slab(rows, 1000) == 4, "rows do not end with a line"
+    assert slab(rows, 4096) == 4, "they leave a first-level cache"
+    assert slab(64, 1024) == 4, "in the cache"
+
+
 def test_long_rows_are_shared_where_rows_are_few():
     assert fastnorm.plan("layernorm", (2, 1 << 20), threads=2).shared
     assert not fastnorm.plan("layernorm", (4096, 768), threads=2).shared
