@@ -240,7 +240,8 @@ def channel_backward(
 
 
 def _groups_by_columns(outer: int, inner: int, span: int) -> bool:
-    """Also where a group is one short run of single elements: (64, 256) in 32 groups took twice as long as runs."""
+    """Also where a group is one short run of single elements: treated as runs, (64, 256) in 32 groups took
+    twice as long."""
     return _by_columns(outer, inner) or (inner == 1 and span <= SHORT_RUN)
 
 
