@@ -68,7 +68,7 @@ def copy(target: Array, source: Array) -> None:
     """target[...] = source, converted to target's dtype as C converts."""
     if on_device(target):
         _device.backend().copy(target, source)
-    else:
+    elif not _memory.copy_transposed(target, source):
         np.copyto(target, source, casting="unsafe")
 
 

@@ -25,13 +25,14 @@ _SHARE = 8
 """The pool may hold an eighth of the memory: 3 GB of 24, so that a forward and a backward of 1 GB profit both."""
 
 # Like numpy.empty and numpy.empty_like(subok=False), from the pool where that is worth it. `pair` makes two vectors of
-# float64.
+# float64. `copy_transposed` is target[...] = source, if it answers True, where elements lie in another order.
 empty: Callable[[Sequence[int], np.dtype[Any]], _Array]
 empty_like: Callable[..., _Array]
 pair: Callable[[int], tuple[_Array, _Array]]
+copy_transposed: Callable[[_Array, _Array], bool]
 try:
     from fastnorm._core import clear_output_pool as _clear
-    from fastnorm._core import empty, empty_like, pair
+    from fastnorm._core import copy_transposed, empty, empty_like, pair
     from fastnorm._core import output_pool as _state
     from fastnorm._core import set_output_pool as _set_limit
 except ImportError:  # NumPy allocates, and the limit stays 0
@@ -44,6 +45,9 @@ except ImportError:  # NumPy allocates, and the limit stays 0
 
     def pair(length: int, /) -> tuple[_Array, _Array]:
         return np.empty(length), np.empty(length)
+
+    def copy_transposed(target: _Array, source: _Array, /) -> bool:
+        return False
 
     def _state() -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 0

@@ -13,6 +13,7 @@
 
 namespace py = pybind11;
 
+void register_copies(py::module_& m);   // copies.cpp
 void register_memory(py::module_& m);   // memory.cpp
 void register_plain(py::module_& m);    // plain.cpp
 void register_vectors(py::module_& m);  // vectors.cpp
@@ -316,6 +317,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   register_dropout(m);
   register_plan(m);
   register_machine(m);
+  register_copies(m);
   register_memory(m);
   register_plain(m);
   register_vectors(m);
