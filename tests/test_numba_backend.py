@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import subprocess
@@ -325,6 +326,40 @@ def test_bits_for_any_number_of_threads_and_callers(layer: str) -> None:
 def test_a_forked_child_computes_after_its_parent_did() -> None:
     """Entering the omp layer, the child would be killed."""
     run(FORK)
+
+
+Part = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4)
+Loop = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 3)
+
+
+@pytest.mark.parametrize("parts", [(0, 1, 2), (2, 1, 0), (1,), (2, 2)])
+def test_a_layer_may_run_parts_one_after_the_other(parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part that comes first finds nobody to wait for, and does the shares of all."""
+
+    asked = []
+
+    def loop(function: int, arrays: int, sizes: int, steps: int, data: int, *_: int) -> None:
+        asked.append(ctypes.c_int64.from_address(sizes).value)
+        number, step = (ctypes.c_int64.from_address(address).value for address in (arrays, steps))
+        for part in parts:
+            Part(function)(ctypes.addressof(ctypes.c_int64(number + part * step)), sizes, steps, data)
+
+    layer = Loop(loop)
+    address = ctypes.cast(layer, ctypes.c_void_p).value
+    rng = np.random.default_rng(8)
+    for rows, cols in ((257, 1024), (3, 100000)):  # one task a part of the rows, and two steps for each block of rows
+        x, dy = (rng.standard_normal(rows * cols).astype(np.float32) for _ in range(2))
+        mean, var = np.empty(rows), np.empty(rows)
+        found = []
+        for count in (1, 3):
+            monkeypatch.setattr(launch, "_threads", count)
+            monkeypatch.setattr(launch, "parallel_for", lambda: address)
+            y, dx, s1, s2 = np.empty_like(x), np.empty_like(x), np.empty(cols), np.empty(cols)
+            numba_cpu.row_forward(x, rows, cols, None, None, 1e-5, y, mean, var)
+            numba_cpu.row_backward(dy, x, rows, cols, mean, var, 1e-5, None, dx, s1, s2)
+            found.append(bits(y, dx, s1, s2))
+        assert found[0] == found[1]
+    assert asked == [3] * 4
 
 
 OWN_COUNT = """

@@ -72,7 +72,13 @@ def of_columns(steps: int, samples: int, sizes: Sizes, span: int, itemsize: int,
     some = min(samples, max(1, caches()[1] // 2 // (size * itemsize * arrays)))
     return plan_of(
         *(
-            Step(min(some, samples - first) * tasks, steps & part, channels_of_a_task, first=first)
+            Step(
+                min(some, samples - first) * tasks,
+                steps & part,
+                channels_of_a_task,
+                first=first,
+                backwards=part == WRITE and samples == 1,
+            )
             for first in range(0, samples, some)
             for part, tasks, channels_of_a_task in (
                 (SUMS, blocks * parts, group),
@@ -129,7 +135,7 @@ def of_runs(steps: int, sizes: Sizes, span: int, itemsize: int, arrays: int, thr
     some = max(1, min(_runs.PART_BLOCKS // blocks, channels // (4 * threads)))
     return plan_of(
         *(
-            Step(tasks, steps & part, group, ahead)
+            Step(tasks, steps & part, group, ahead, backwards=part == WRITE)
             for part, tasks, group, ahead in (
                 (SUMS, -(-channels // some) * parts, some, 0),
                 (FINISH | COEFFICIENTS, 1, channels, 0),

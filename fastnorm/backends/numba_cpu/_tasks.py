@@ -10,8 +10,10 @@ same machine code.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +25,19 @@ from numba.extending import intrinsic
 from fastnorm.backends import Array
 
 RANGES = 8
-"""Ranges a thread that tasks are handed out in: enough to balance, and slabs within one share lines of the output.
-With a range a slab, 14x14 forward took 2.7 ms instead of 2.2."""
+"""Ranges that a thread's share of the tasks is cut into: enough to balance, and slabs within one share lines of the
+output. With a range a slab, 14x14 forward took 2.7 ms instead of 2.2."""
 
 WORD = ir.IntType(64)
 VOID = ir.VoidType()
 ADDRESS = ir.IntType(8).as_pointer()
 WORDS = WORD.as_pointer()
+LINE = ir.ArrayType(WORD, 8)
+"""A cache line, the first word of which counts."""
 PARALLEL_FOR = ir.FunctionType(VOID, [ADDRESS] * 5 + [WORD] * 3)
 """(function, arrays, sizes, steps, data, dimensions of an element, number of arrays, threads): it calls
-function(arrays, sizes, steps, data) sizes[0] times in all, a part of them on each thread."""
+function(arrays, sizes, steps, data) sizes[0] times in all, a part of them on each thread, with arrays[j] advanced
+by steps[j] for each before. Under omp the same thread gets the same part in each call."""
 BODY = ir.FunctionType(VOID, [ADDRESS.as_pointer(), WORDS, WORDS, ADDRESS])
 
 
@@ -42,7 +47,7 @@ def parallel_for() -> int:
     return binding.address_of_symbol("numba_parallel_for")
 
 
-TASKS, STEPS, GROUP, AHEAD, FIRST, LAST = range(6)
+TASKS, STEPS, GROUP, AHEAD, FIRST, LAST, BACKWARDS = range(7)
 """The columns of a plan."""
 
 
@@ -60,6 +65,8 @@ class Step(NamedTuple):
     """The first sample or row that it works on."""
     last: int = 0
     """The last row."""
+    backwards: bool = False
+    """Whether its first task is the last in memory. Threads then have the same memory as in other steps."""
 
 
 def plan_of(*steps: Step) -> Array:
@@ -73,105 +80,157 @@ SPINS = 1000
 @intrinsic
 def hand_out(typing: Any, launcher: Any, threads: Any, plan: Any) -> Any:
     """Call the kernel in which this stands again, for ranges that make up the tasks of each row of the plan, a step:
-    kernel(0, 0, step, begin, end, plan, *its other arguments), in any order and on so many threads. A thread that is
-    done takes the next range, of the next step where none is left, which begins when all of this step are done: so a
-    call is one parallel region. It cost 2 to 5 us and a call from Python more for each step.
+    kernel(0, 0, step, begin, end, plan, *its other arguments), in any order and on so many threads. A step begins
+    when all of the one before are done: so a call is one parallel region. It cost 2 to 5 us and a call from Python
+    more for each step.
+
+    Each thread has the same share of a step's tasks call after call and takes others' only when its own are done, so
+    that what it read and wrote before is still in its own caches.
 
     `launcher` is `parallel_for`, or 0 with one thread. The kernel must not raise: nobody would hear of it.
     """
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         launcher, threads, plan_value = given
-        kernel = builder.function
         table = cgutils.create_struct_proxy(plan)(context, builder, plan_value)
-        steps, width = cgutils.unpack_tuple(builder, table.shape)
-        serial = builder.icmp_signed("==", threads, WORD(1))
-        ranges = builder.select(serial, threads, builder.mul(threads, WORD(RANGES)))
-        shared = cgutils.pack_struct(builder, [WORD(0), WORD(0), table.data, steps, width, ranges, *kernel.args])
-        data = cgutils.alloca_once_value(builder, shared)
-        sizes = cgutils.alloca_once_value(builder, threads)
-        none = ir.Constant(ADDRESS, None)
-        work = _work(kernel, data.type, builder.module)
-        address = builder.bitcast(data, ADDRESS)
-        with builder.if_else(serial) as (alone, together):
-            with alone:
-                builder.call(work, [ir.Constant(kind, None) for kind in work.type.pointee.args[:3]] + [address])
-            with together:
-                arguments = [builder.bitcast(work, ADDRESS), none, builder.bitcast(sizes, ADDRESS), none, address]
-                function = builder.inttoptr(launcher, PARALLEL_FOR.as_pointer())
-                builder.call(function, [*arguments, WORD(0), WORD(0), threads])
+        arguments = [launcher, threads, table.data, *cgutils.unpack_tuple(builder, table.shape), *builder.function.args]
+        builder.call(_launch(builder.function, [argument.type for argument in arguments]), arguments)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, plan), generate
 
 
-def _work(kernel: Any, shared: Any, module: Any) -> Any:
-    """What each thread does: take the next range until none is left.
+def _launch(kernel: Any, arguments: list[Any]) -> Any:
+    """A function that calls `_work` on each thread. What threads share lies on its stack, not the kernel's."""
+    function = ir.Function(kernel.module, ir.FunctionType(VOID, arguments), f"{kernel.name}.launch")
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    launcher, threads, *_ = function.args
+    count = builder.add(threads, WORD(1))
+    lines = builder.alloca(LINE, count)
+    lines.align = LINE.count * WORD.width // 8
+    cgutils.memset(builder, lines, builder.mul(count, WORD(lines.align)), 0)
+    data = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, [lines, *function.args[1:]]))
+    # A part's number, from 1 on, as an address: null would stay null.
+    number = cgutils.alloca_once_value(builder, builder.inttoptr(WORD(1), ADDRESS))
+    sizes = cgutils.alloca_once_value(builder, threads)
+    steps = cgutils.alloca_once_value(builder, WORD(1))
+    work = _work(kernel, data.type)
+    given = [number, sizes, steps, builder.bitcast(data, ADDRESS)]
+    with builder.if_else(builder.icmp_signed("==", threads, WORD(1))) as (alone, together):
+        with alone:
+            builder.call(work, given)
+        with together:
+            addresses = [builder.bitcast(pointer, ADDRESS) for pointer in (work, *given)]
+            loop = builder.inttoptr(launcher, PARALLEL_FOR.as_pointer())
+            builder.call(loop, [*addresses, WORD(0), WORD(1), threads])
+    builder.ret_void()
+    return function
 
-        for number = next++:            the ranges of all steps are numbered through
-            step = that of the number, `before` the ranges of those before it
-            wait until so many are done
-            the tasks of the range; done++
 
-    Whoever waits, waits for ranges that others have begun, and those wait for earlier ones only.
+def _work(kernel: Any, shared: Any) -> Any:
+    """What each thread does.
+
+        for each step:
+            wait until all ranges of the steps before are done
+            for each share of its ranges, the thread's own first:
+                while a range can be taken:
+                    the tasks of the range; done++
+
+    Whoever waits, waits for ranges that others have begun, and those wait for earlier ones only. A thread that is
+    alone, or comes before the others, does everything.
     """
-    function = ir.Function(module, BODY, f"{kernel.name}.work")
+    function = ir.Function(kernel.module, BODY, f"{kernel.name}.work")
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block())
-    data = builder.bitcast(function.args[3], shared)
-    _, _, table, steps, width, most, *arguments = cgutils.unpack_tuple(builder, builder.load(data))
+    own = builder.ptrtoint(builder.load(function.args[0]), WORD)
+    data = builder.load(builder.bitcast(function.args[3], shared))
+    lines, threads, table, steps, width, *arguments = cgutils.unpack_tuple(builder, data)
     # Numba's convention: where the result goes, where an exception goes, then the arguments.
     result, exception = (builder.alloca(pointer.type.pointee) for pointer in kernel.args[:2])
-    following, finished = (cgutils.gep_inbounds(builder, data, 0, field) for field in (0, 1))
-    step, before, looks = (cgutils.alloca_once_value(builder, WORD(0)) for _ in range(3))
-    take, seek, look, skip, wait, spin, rest, run, done = (function.append_basic_block() for _ in range(9))
-    builder.branch(take)
+    serial = builder.icmp_signed("==", threads, WORD(1))
+    most = builder.select(serial, threads, builder.mul(threads, WORD(RANGES)))
+    finished = cgutils.gep_inbounds(builder, lines, 0, 0)
+    before = cgutils.alloca_once_value(builder, WORD(0))
+    with cgutils.for_range(builder, steps) as (step, _):
+        _wait(builder, finished, builder.load(before))
+        row = builder.gep(table, [builder.mul(step, width)])
+        tasks, backwards = (builder.load(builder.gep(row, [WORD(column)])) for column in (TASKS, BACKWARDS))
+        ranges = builder.select(builder.icmp_signed("<", tasks, most), tasks, most)
+        with cgutils.for_range(builder, threads) as (turn, _):
+            share = builder.urem(builder.add(own, turn), threads)
+            mirrored = builder.sub(builder.sub(threads, WORD(1)), share)
+            share = builder.select(builder.trunc(backwards, cgutils.bool_t), mirrored, share)
+            first, last = _part(builder, ranges, share, threads)
+            taken = builder.gep(lines, [builder.add(share, WORD(1)), WORD(0)])
+            with _each_taken(builder, taken, step, builder.sub(last, first)) as number:
+                begin, end = _part(builder, tasks, builder.add(first, number), ranges)
+                given = [result, exception, WORD(0), WORD(0), step, begin, end, *arguments[7:]]
+                builder.call(kernel, given, attrs=("noinline",))
+                builder.atomic_rmw("add", finished, WORD(1), "release")
+        builder.store(builder.add(builder.load(before), ranges), before)
+    builder.ret_void()
+    return function
 
-    builder.position_at_end(take)
-    builder.store(WORD(0), looks)
-    number = builder.atomic_rmw("add", following, WORD(1), "monotonic")
-    builder.branch(seek)
 
-    builder.position_at_end(seek)
-    builder.cbranch(builder.icmp_signed("<", builder.load(step), steps), look, done)
+def _part(builder: Any, count: Any, part: Any, parts: Any) -> tuple[Any, Any]:
+    """Where one of so many parts of a count begins and ends."""
+    begin, end = (builder.sdiv(builder.mul(at, count), parts) for at in (part, builder.add(part, WORD(1))))
+    return begin, end
+
+
+@contextlib.contextmanager
+def _each_taken(builder: Any, taken: Any, step: Any, count: Any) -> Iterator[Any]:
+    """A loop over those ranges of a share, `count` in this step, that nobody else takes.
+
+    `taken` is step * RANGES + the ranges taken of it. It never decreases, and may still be of an earlier step, or,
+    where others have come so far, of a later one.
+    """
+    look, take, run, none = (builder.append_basic_block(name) for name in ("look", "take", "run", "none"))
+    begun = builder.mul(step, WORD(RANGES))
+    builder.branch(look)
 
     builder.position_at_end(look)
-    tasks = builder.load(builder.gep(table, [builder.add(builder.mul(builder.load(step), width), WORD(TASKS))]))
-    ranges = builder.select(builder.icmp_signed("<", tasks, most), tasks, most)
-    first = builder.load(before)
-    upto = builder.add(first, ranges)
-    builder.cbranch(builder.icmp_signed("<", number, upto), wait, skip)
+    seen = builder.load_atomic(taken, "monotonic", WORD.width // 8)
+    earlier = builder.icmp_signed("<", seen, begun)
+    number = builder.sub(builder.select(earlier, begun, seen), begun)
+    builder.cbranch(builder.icmp_signed("<", number, count), take, none)
 
-    builder.position_at_end(skip)
-    builder.store(builder.add(builder.load(step), WORD(1)), step)
-    builder.store(upto, before)
-    builder.branch(seek)
+    builder.position_at_end(take)
+    following = builder.add(builder.add(begun, number), WORD(1))
+    exchanged = builder.cmpxchg(taken, seen, following, "monotonic", "monotonic")
+    builder.cbranch(builder.extract_value(exchanged, 1), run, look)
 
-    builder.position_at_end(wait)
+    builder.position_at_end(run)
+    yield number
+    builder.branch(look)
+    builder.position_at_end(none)
+
+
+def _wait(builder: Any, finished: Any, count: Any) -> None:
+    """Until so many ranges are done."""
+    looks = cgutils.alloca_once(builder, WORD)
+    look, spin, rest, done = (builder.append_basic_block(name) for name in ("wait", "spin", "rest", "done"))
+    builder.store(WORD(0), looks)
+    builder.branch(look)
+
+    builder.position_at_end(look)
     reached = builder.load_atomic(finished, "acquire", WORD.width // 8)
-    builder.cbranch(builder.icmp_signed(">=", reached, first), run, spin)
+    builder.cbranch(builder.icmp_signed(">=", reached, count), done, spin)
 
     builder.position_at_end(spin)
-    if module.triple.startswith(("x86_64", "i686")):
+    if builder.module.triple.startswith(("x86_64", "i686")):
         _call(builder, "llvm.x86.sse2.pause", VOID)
     builder.store(builder.add(builder.load(looks), WORD(1)), looks)
-    builder.cbranch(builder.icmp_signed("<", builder.load(looks), WORD(SPINS)), wait, rest)
+    builder.cbranch(builder.icmp_signed("<", builder.load(looks), WORD(SPINS)), look, rest)
 
     builder.position_at_end(rest)  # whom it waits for may need its core
     if os.name == "posix":
         _call(builder, "sched_yield", ir.IntType(32))
-    builder.branch(wait)
-
-    builder.position_at_end(run)
-    edge = builder.sub(number, first)
-    begin, end = (builder.sdiv(builder.mul(at, tasks), ranges) for at in (edge, builder.add(edge, WORD(1))))
-    builder.call(kernel, [result, exception, WORD(0), WORD(0), builder.load(step), begin, end, *arguments[7:]])
-    builder.atomic_rmw("add", finished, WORD(1), "release")
-    builder.branch(take)
+    builder.branch(look)
 
     builder.position_at_end(done)
-    builder.ret_void()
-    return function
 
 
 def _call(builder: Any, name: str, result: Any) -> None:

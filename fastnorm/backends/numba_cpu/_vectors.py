@@ -570,6 +570,7 @@ def scratch(typing: Any, array: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         size = WORD(dtype.bitwidth // 8)
         data = cgutils.alloca_once(builder, context.get_value_type(dtype), size=WORD(SCRATCH))
+        data.align = 64  # a cache line: the stack's own alignment is 16, and each load would reach into two
         made = context.make_array(result)(context, builder)
         context.populate_array(made, data=data, shape=[WORD(SCRATCH)], strides=[size], itemsize=size, meminfo=None)
         return made._getvalue()
