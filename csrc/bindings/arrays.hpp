@@ -5,6 +5,9 @@
 
 #include <cstring>
 
+// What kernels store: float16, ml_dtypes' bfloat16, float32, float64.
+inline constexpr const char* kStorage = "eEfd";
+
 // Exactly an ndarray, aligned, of one of these dtypes, by their characters, in native order.
 inline bool is_simple(pybind11::handle object, const char* dtypes) {
   namespace py = pybind11;

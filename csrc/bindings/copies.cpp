@@ -87,7 +87,7 @@ Extent extent(const py::array& array) {
 
 // target[...] = source where that is a transposition of some size between arrays of one dtype; whether it is.
 bool copy_transposed(py::handle to, py::handle from) {
-  if (!is_simple(to, "eEfd") || !is_simple(from, "eEfd")) return false;
+  if (!is_simple(to, kStorage) || !is_simple(from, kStorage)) return false;
   auto target = py::reinterpret_borrow<py::array>(to);
   const auto source = py::reinterpret_borrow<py::array>(from);
   const py::ssize_t itemsize = target.itemsize();

@@ -15,9 +15,6 @@ namespace py = pybind11;
 
 namespace {
 
-// What kernels store: float16, ml_dtypes' bfloat16, float32, float64.
-constexpr const char* kStorage = "eEfd";
-
 // Axis 1 innermost in memory, the others in C order around it: (N, C, H, W) that lies as NHWC.
 bool channels_last(const py::array& array) {
   py::ssize_t expected = array.itemsize();
