@@ -21,10 +21,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from fastnorm.backends import numba_formulas as formulas
-from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._compiler import compiled, intrinsic
 from fastnorm.backends.numba_cpu._launch import Kernel
 from fastnorm.backends.numba_cpu._scalars import least
 from fastnorm.backends.numba_cpu._tasks import hand_out

@@ -57,11 +57,12 @@ class Kernel:
     """A function of (launcher, threads, step, begin, end, plan, *arguments), called with (elements it works through,
     plan, *arguments). The plan has a row for each step, the first column being the number of its tasks.
 
-    It works on tasks begin..end of a step, or, given threads, hands out those of all steps to itself.
+    It works on tasks begin..end of a step, or, given threads, hands out those of all steps to itself. LLVM unrolls
+    its loops further than the vectors of four lines do, unless told not to.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._run = kernel(function)
+    def __init__(self, function: Callable[..., None], unroll: bool = True) -> None:
+        self._run = kernel(function, unroll)
 
     def __call__(self, elements: int, plan: Array, *arguments: Any) -> None:
         if elements < PARALLEL_FROM or threads() == 1 or (len(plan) == 1 and plan.item(0) == 1):

@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
-from numba.extending import intrinsic
 
 from fastnorm.backends import numba_formulas as formulas
-from fastnorm.backends.numba_cpu._compiler import compiled
+from fastnorm.backends.numba_cpu._compiler import compiled, intrinsic
 from fastnorm.backends.numba_cpu._vectors import bounded, not_negative, root, rounded, where_nonzero
 
 merged_mean = compiled(formulas.merged_mean)

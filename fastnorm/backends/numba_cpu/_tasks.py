@@ -20,9 +20,9 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from fastnorm.backends import Array
+from fastnorm.backends.numba_cpu._compiler import intrinsic
 
 RANGES = 8
 """Ranges that a thread's share of the tasks is cut into: enough to balance, and slabs within one share lines of the

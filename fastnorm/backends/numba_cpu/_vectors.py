@@ -23,9 +23,10 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.extending import lower_builtin, models, register_model, type_callable
 
 from fastnorm.backends import numba_formulas as formulas
+from fastnorm.backends.numba_cpu._compiler import intrinsic
 
 FLOAT16 = types.uint16
 BFLOAT16 = types.int16
@@ -241,10 +242,17 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     return result(array, types.intp), generate
 
 
+def _at_least(count: Any, lanes: int) -> bool:
+    """Whether a count is a constant of so many."""
+    return isinstance(count, ir.Constant) and count.constant >= lanes
+
+
 def _load_some(builder: Any, array: types.Array, address: Any, size: int, count: Any, otherwise: Any) -> Any:
     """A vector of elements, but only `count` of them where these are fewer, the other lanes being those of `otherwise`.
     One place in a loop for whole vectors and its end, which thus compile once."""
     lanes = address.type.pointee.count
+    if _at_least(count, lanes):
+        return _widened(builder, array, _loaded(builder, address, size))
     with builder.if_else(builder.icmp_signed(">=", count, WORD(lanes)), likely=True) as (whole, part):
         with whole:
             all_lanes = _widened(builder, array, _loaded(builder, address, size))
@@ -261,6 +269,9 @@ def _load_some(builder: Any, array: types.Array, address: Any, size: int, count:
 
 def _store_some(builder: Any, elements: Any, address: Any, size: int, count: Any) -> None:
     lanes = elements.type.count
+    if _at_least(count, lanes):
+        builder.store(elements, address, align=size)
+        return
     with builder.if_else(builder.icmp_signed(">=", count, WORD(lanes)), likely=True) as (whole, part):
         with whole:
             builder.store(elements, address, align=size)
