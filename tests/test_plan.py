@@ -62,6 +62,18 @@ def test_a_matrix_of_middling_height_is_read_once_in_slabs_that_fit_the_last_cac
     assert (ragged.reads, ragged.shared) == (2, True), "rows begin within lines"
 
 
+@pytest.mark.skipif(12 * L2 > L3, reason="a thread's share of the last cache holds no row of three KB")
+def test_slabs_of_short_runs_past_the_cache_are_whole_lines():
+    samples = L2 // 2 // (10 * 49 * 4 * 2)  # x and dout of 10 channels fit half of L2, of 16 they don't
+    shape = (samples, (L3 // (samples * 49 * 4) + 16) // 16 * 16, 7, 7)
+    for direction, least in (("forward", 1), ("backward", 2)):
+        plan = fastnorm.plan("batchnorm", shape, direction=direction, threads=2)
+        assert (plan.reads, plan.shared, plan.streams, plan.slab % 16) == (least, False, True, 0)
+    assert L2 // 2 < plan.slab_bytes <= 2 * L2, "an array of it fits a core's cache"
+    forward = fastnorm.plan("batchnorm", shape, threads=2)
+    assert 2 * forward.slab_bytes < L2, "a slab and the next one"
+
+
 def test_memory_order_counts_not_the_shape():
     images = np.empty((8, 64, 112, 112), np.float32)
     channels_last = images.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)

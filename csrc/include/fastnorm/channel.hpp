@@ -171,9 +171,9 @@ struct ChannelCall {
     return s;
   }
 
-  // Elements from those being summed to those being fetched: rows of all channels, beyond the cache.
+  // Elements from those being summed to those being fetched, beyond the cache.
   size_t summed_ahead(size_t width, size_t arrays) const {
-    return plan.stream && width == channels() ? geometry.summed_ahead(arrays) : 0;
+    return plan.stream ? geometry.summed_ahead(width >= channels(), arrays) : 0;
   }
 
   // mean and var of the slab's statistics.

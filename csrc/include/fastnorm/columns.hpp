@@ -31,8 +31,11 @@ struct Columns {
   Cut cut;
 
   size_t row_length() const { return shape.channels * shape.inner; }
-  // Elements from those being summed to those being fetched, of each of `arrays`: not among the rows taken together.
-  size_t summed_ahead(size_t arrays) const {
+  // Elements from those being summed to those being fetched, of each of `arrays`; 0: none are. Rows of all channels
+  // are one run: not among those taken together. With each row of a slab the processor's own fetching begins anew: the
+  // rows after the next ones are fetched, but not of two arrays, of which most fetches are dropped.
+  size_t summed_ahead(bool all_channels, size_t arrays) const {
+    if (!all_channels) return arrays == 1 ? 2 * kSummedRows * row_length() : 0;
     return kSummedRows * row_length() <= kSummedAhead ? kSummedAhead / arrays : 0;
   }
   double count(size_t g) const { return static_cast<double>((last_row(g) - first_row(g)) * shape.inner); }
@@ -185,7 +188,7 @@ struct Columns {
                                   size_t ahead) const {
     sum_block<kSummedRows, 1>(u, n, lead(block), {sums, squares},
                               [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-                                if (ahead != 0) __builtin_prefetch(block + at + ahead);
+                                if (ahead != 0) __builtin_prefetch(block + at + ahead, 0, 2);
                                 const Vector<A> d = how.load(block + at) - how.load(pivots + c);
                                 sum[0] += d;
                                 sum[1] = mul_add(d, d, sum[1]);
@@ -258,12 +261,32 @@ struct Columns {
     }
   }
 
-  // Writes group g's rows of channels [c0, c1), `fold` rows at a time: line(c, how) loads what the vector of columns
-  // from c on needs of its channels, value(at, how, line) makes the one of offset `at`. Through the cache, `together`
-  // rows share what they need of their channels, which is most of what they load.
-  template <size_t together, class Fetch, class Line, class Value>
-  FASTNORM_INLINE void write_rows(size_t g, size_t c0, size_t c1, T* out, bool past_cache, const Fetch& fetch,
-                                  const Line& line, const Value& value) const {
+  // What is fetched while lines of offsets from `at` on are written.
+  template <int count>
+  FASTNORM_INLINE static Ahead<T, count> ahead_of(const T* const (&from)[count], size_t at, size_t elements) {
+    Ahead<T, count> fetch{{}, elements};
+    for (int k = 0; k < count; ++k) fetch.from[k] = from[k] + at;
+    return fetch;
+  }
+
+  // The same of a row of a slab: the slab's next row, from the last-level cache, and the next slab's in memory, of
+  // which two arrays would be too many.
+  template <int count>
+  struct RowAndSlab {
+    Ahead<T, count> row;
+    Ahead<T, 1> slab;
+    FASTNORM_INLINE void line(size_t i) const {
+      row.line(i);
+      slab.line(i);
+    }
+  };
+
+  // Writes group g's rows of channels [c0, c1) from those of the same offsets in `from`, `fold` rows at a time: line(c,
+  // how) loads what the vector of columns from c on needs of its channels, value(at, how, line) makes the one of offset
+  // `at`. Through the cache, `together` rows share what they need of their channels, which is most of what they load.
+  template <size_t together, int count, class Line, class Value>
+  FASTNORM_INLINE void write_rows(size_t g, size_t c0, size_t c1, const T* const (&from)[count], T* out,
+                                  bool past_cache, size_t ahead, const Line& line, const Value& value) const {
     const size_t last = last_row(g), fold = cut.fold, n = (c1 - c0) * shape.inner, length = row_length(),
                  step = fold * length;
     size_t r = first_row(g), at = r * length + c0 * shape.inner;
@@ -281,14 +304,16 @@ struct Columns {
     Writer<T> writer(past_cache);
     if (past_cache && n == length) {  // rows follow one another in memory: one run, whole vectors across their ends
       size_t begun = 0;
-      writer.run(out + at, (last - r) * length, fetch(at), [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-        while (i >= begun + step) begun += step;
-        return value(at + i, how, line(i - begun, how));
-      });
+      writer.run(out + at, (last - r) * length, ahead_of(from, at, ahead),
+                 [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+                   while (i >= begun + step) begun += step;
+                   return value(at + i, how, line(i - begun, how));
+                 });
       return;
     }
     for (; r < last; r += fold, at += step)
-      writer.run(out + at, n * std::min(fold, last - r), fetch(at),
+      writer.run(out + at, n * std::min(fold, last - r),
+                 RowAndSlab<count>{ahead_of(from, at, step), {{from[count - 1] + at}, ahead}},
                  [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { return value(at + c, how, line(c, how)); });
   }
 
@@ -297,7 +322,7 @@ struct Columns {
       Vector<A> centre, scale, shift;
     };
     write_rows<4>(
-        g, c0, c1, y, past_cache, [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 1>{{x + at}, ahead}; },
+        g, c0, c1, {x}, y, past_cache, ahead,
         [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           return Line{how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c)};
         },
@@ -313,8 +338,7 @@ struct Columns {
     };
     // Two: of the three arrays' rows, often whole pages apart, four each are more than a set of a first-level cache.
     write_rows<2>(
-        g, c0, c1, dx, past_cache,
-        [&](size_t at) FASTNORM_INLINE_LAMBDA { return Ahead<T, 2>{{dy + at, x + at}, ahead}; },
+        g, c0, c1, {dy, x}, dx, past_cache, ahead,
         [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           return Line{how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c), how.load(k.slope + c)};
         },

@@ -19,7 +19,7 @@ struct Runs {
   size_t spread_length(size_t n) const { return n; }
   void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, n, span); }
   size_t shift(const T*) const { return 0; }
-  size_t summed_ahead(size_t) const { return 0; }
+  size_t summed_ahead(bool, size_t) const { return 0; }
 
   size_t place(const Unit& u, size_t c) const { return (u.row * shape.channels + c) * shape.inner + u.at; }
   size_t stride() const { return shape.channels * shape.inner; }
