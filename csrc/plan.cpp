@@ -237,7 +237,7 @@ RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int 
   } else {
     // Two rows of dy and x, and in the accumulation dtype gamma and two column sums.
     const std::size_t row_and_next = shape.cols * (4 * itemsize + 3 * std::max<std::size_t>(itemsize, 4));
-    plan.before = plan.stream && row_bytes % kLine == 0 && row_and_next <= kRowAndNext ? 1 : 0;
+    plan.before = plan.stream && row_and_next <= kRowAndNext ? 1 : 0;
     plan.rows = std::min(plan.before > 0 ? plan.before + 1 : kSweep, shape.rows);
     const std::size_t enough = shape.rows * shape.cols < kSerial ? kTaskRows : ceil_div(kTaskElements, shape.cols);
     plan.task = std::min(kTaskRows, ceil_div(std::max(ceil_div(shape.rows, 32), enough), kSweep) * kSweep);

@@ -12,23 +12,29 @@
 
 namespace fastnorm::FASTNORM_LEVEL {
 
-// A parameter by column; an absent one is a constant vector read again and again, so no loop has variants.
+// A parameter by column; an absent one is a constant vector read again and again, so no loop has variants. Passed by
+// value: through a reference both words are read again after every store, and what a row computes took 1.4 times as
+// long.
 template <class A>
-struct Parameter {
-  alignas(kVectorBytes) A constant[kLanes<A>];
+struct ByColumn {
   const A* values;
   size_t mask;
+  const A* at(size_t k) const { return values + (k & mask); }
+};
 
-  Parameter(const void* given, A otherwise) : values(static_cast<const A*>(given)), mask(~size_t{0}) {
-    if (values == nullptr) {
+template <class A>
+struct Parameter : ByColumn<A> {
+  alignas(kVectorBytes) A constant[kLanes<A>];
+
+  Parameter(const void* given, A otherwise) : ByColumn<A>{static_cast<const A*>(given), ~size_t{0}} {
+    if (given == nullptr) {
       std::fill_n(constant, kLanes<A>, otherwise);
-      values = constant;
-      mask = 0;
+      this->values = constant;
+      this->mask = 0;
     }
   }
   Parameter(const Parameter&) = delete;
   Parameter& operator=(const Parameter&) = delete;
-  const A* at(size_t k) const { return values + (k & mask); }
 };
 
 template <class T>
@@ -58,7 +64,7 @@ struct Row {
   }
 
   FASTNORM_INLINE static void apply(Writer<T>& writer, const T* x, T* y, size_t k0, size_t k1, double mean, double var,
-                                    double eps, const Parameter<A>& gamma, const Parameter<A>& beta, size_t ahead) {
+                                    double eps, ByColumn<A> gamma, ByColumn<A> beta, size_t ahead) {
     const Affine row = affine(mean, var, eps);
     writer.run(y + k0, k1 - k0, Ahead<T, 1>{{x + k0}, ahead}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
       return mul_add(row.xhat(how.load(x + k0 + i)), how.load(gamma.at(k0 + i)), how.load(beta.at(k0 + i)));
@@ -67,7 +73,7 @@ struct Row {
 
   // kSweep rows through the cache, which read gamma and beta once for all of them.
   FASTNORM_INLINE static void apply_together(const T* x, T* y, size_t cols, const double* mean, const double* var,
-                                             double eps, const Parameter<A>& gamma, const Parameter<A>& beta) {
+                                             double eps, ByColumn<A> gamma, ByColumn<A> beta) {
     Affine rows[kSweep];
     repeat<kSweep>([&](auto r) FASTNORM_INLINE_LAMBDA { rows[r] = affine(mean ? mean[r] : 0.0, var[r], eps); });
     for_vectors<A>(cols, begun_in_rows(y, cols), [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
@@ -129,8 +135,8 @@ struct Row {
   // Rows of one block each. The sum of a vector's lanes, a division, a square root are each a long wait: a row's
   // moments are taken while rows before it are still to be written.
   static void short_rows_forward(Writer<T>& writer, const T* x, size_t cols, size_t first, size_t last,
-                                 const RowPlan& plan, const Parameter<A>& gamma, const Parameter<A>& beta, double eps,
-                                 T* y, double* mean, double* var) {
+                                 const RowPlan& plan, ByColumn<A> gamma, ByColumn<A> beta, double eps, T* y,
+                                 double* mean, double* var) {
     const auto measure = [&](size_t row) FASTNORM_INLINE_LAMBDA {
       const T* from = x + row * cols;
       if (mean == nullptr) {
@@ -203,11 +209,10 @@ struct Row {
     double g, gx;
   };
 
-  // Adds a vector of a row to its sums and to the column sums.
-  template <class How>
-  FASTNORM_INLINE static void add(How how, const T* dy, const T* x, const Known& row, Vector<A> scale, Vector<A>& g_sum,
+  // Adds a vector of a row, dy and x, to its sums and to the column sums.
+  FASTNORM_INLINE static void add(Vector<A> grad, Vector<A> value, const Known& row, Vector<A> scale, Vector<A>& g_sum,
                                   Vector<A>& gx_sum, Vector<A>& gamma_sum, Vector<A>& beta_sum) {
-    const Vector<A> centre = broadcast(row.centre), grad = how.load(dy), centred = how.load(x, centre) - centre,
+    const Vector<A> centred = value - broadcast(row.centre),
                     xhat = mul_add(centred, broadcast(row.rstd), broadcast(row.shift)), g = grad * scale;
     beta_sum += grad;
     gamma_sum = mul_add(grad, xhat, gamma_sum);
@@ -233,7 +238,7 @@ struct Row {
   // to the column sums.
   template <size_t n>
   FASTNORM_INLINE static void sweep(const T* dy, const T* x, size_t cols, size_t k0, size_t k1, size_t begun,
-                                    const Known* rows, const Parameter<A>& gamma, Sums* sums, ColumnSums columns) {
+                                    const Known* rows, ByColumn<A> gamma, Sums* sums, ColumnSums columns) {
     for (size_t start = k0; start < k1; start += kChunk) {
       Vector<A> g_sum[n] = {}, gx_sum[n] = {};
       for_vectors<A>(std::min(kChunk, k1 - start), begun, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
@@ -241,7 +246,8 @@ struct Row {
         const Vector<A> scale = how.load(gamma.at(k));
         columns.update(k - k0, how, [&](Vector<A>& gamma_sum, Vector<A>& beta_sum) FASTNORM_INLINE_LAMBDA {
           for (size_t r = 0; r < n; ++r)
-            add(how, dy + r * cols + k, x + r * cols + k, rows[r], scale, g_sum[r], gx_sum[r], gamma_sum, beta_sum);
+            add(how.load(dy + r * cols + k), how.load(x + r * cols + k, broadcast(rows[r].centre)), rows[r], scale,
+                g_sum[r], gx_sum[r], gamma_sum, beta_sum);
         });
       });
       for (size_t r = 0; r < n; ++r) {
@@ -253,7 +259,7 @@ struct Row {
 
   // The rows of `sweep` by number: whole sweeps, then the rest one at a time.
   static size_t sweep_rows(const T* dy, const T* x, size_t cols, size_t left, size_t k0, size_t k1, size_t begun,
-                           const Known* rows, const Parameter<A>& gamma, Sums* sums, ColumnSums columns) {
+                           const Known* rows, ByColumn<A> gamma, Sums* sums, ColumnSums columns) {
     if (left >= kSweep) {
       sweep<kSweep>(dy, x, cols, k0, k1, begun, rows, gamma, sums, columns);
       return kSweep;
@@ -278,7 +284,7 @@ struct Row {
   }
 
   FASTNORM_INLINE static void write_dx(Writer<T>& writer, const T* dy, const T* x, T* dx, size_t k0, size_t k1,
-                                       const Descent& form, const Parameter<A>& gamma, size_t ahead) {
+                                       const Descent& form, ByColumn<A> gamma, size_t ahead) {
     writer.run(dx + k0, k1 - k0, Ahead<T, 2>{{dy + k0, x + k0}, ahead}, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> g = how.load(dy + k0 + i) * how.load(gamma.at(k0 + i));
       return form.dx(g, how.load(x + k0 + i));
@@ -287,7 +293,7 @@ struct Row {
 
   // Two rows through the cache, which read gamma once for both.
   FASTNORM_INLINE static void write_pair(const T* dy, const T* x, T* dx, size_t cols, const Known* rows,
-                                         const Sums* sums, const Parameter<A>& gamma) {
+                                         const Sums* sums, ByColumn<A> gamma) {
     const Descent forms[2] = {descent(rows[0], sums[0], cols), descent(rows[1], sums[1], cols)};
     for_vectors<A>(cols, begun_in_rows(dx, cols), [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
       const Vector<A> scale = how.load(gamma.at(k));
@@ -299,62 +305,67 @@ struct Row {
   }
 
   // Writes dx of a row past the cache, and meanwhile adds up the sums of the next one, a vector for each that is
-  // stored: two arrays come from memory fastest when they are read in order, in step with the stores.
+  // stored: two arrays come from memory fastest when they are read in order, in step with the stores. Each of their
+  // lines has to be fetched ahead: one a row left out, which it shares with the next, is waited for.
   FASTNORM_INLINE static Sums write_and_sum(Writer<T>& writer, const T* dy, const T* x, T* dx, size_t cols,
-                                            size_t begun, const Descent& form, const Known& next,
-                                            const Parameter<A>& gamma, ColumnSums columns, size_t ahead) {
+                                            const Descent& form, const Known& next, ByColumn<A> gamma,
+                                            ColumnSums columns, size_t ahead) {
+    constexpr size_t lanes = kLanes<A>;
     const T *next_dy = dy + cols, *next_x = x + cols;
+    const Ahead<T, 1> fetch_dy{{next_dy}, ahead}, fetch_x{{next_x}, ahead};
     Vector<A> g_sum{}, gx_sum{};
-    const auto add_next = [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+    const auto sum = [&](size_t k, auto how, Vector<A> grad, Vector<A> value) FASTNORM_INLINE_LAMBDA {
+      if (k * sizeof(T) % kLineBytes == 0) {
+        fetch_dy.line(k);
+        fetch_x.line(k);
+      }
       columns.update(k, how, [&](Vector<A>& gamma_sum, Vector<A>& beta_sum) FASTNORM_INLINE_LAMBDA {
-        add(how, next_dy + k, next_x + k, next, how.load(gamma.at(k)), g_sum, gx_sum, gamma_sum, beta_sum);
+        add(grad, value, next, how.load(gamma.at(k)), g_sum, gx_sum, gamma_sum, beta_sum);
       });
     };
-    const Ahead<T, 2> fetch{{next_dy, next_x}, ahead};
     size_t summed = 0;
-    if (begun > 0) {
-      summed = kLanes<A> - begun;
-      add_next(0, Part{summed, begun});
-    }
+    AlignedReader<T> grads(next_dy), values(next_x);
     writer.run(dx, cols, Ahead<T, 2>{}, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
-      if constexpr (std::is_same_v<decltype(how), Whole>) {
-        fetch.line(summed);
-        add_next(summed, how);
-        summed += kLanes<A>;
-      }
+      if constexpr (std::is_same_v<decltype(how), Whole>)
+        if (summed + lanes + AlignedReader<T>::kBeyond <= cols) {
+          sum(summed, Whole{}, grads.next(), values.next());
+          summed += lanes;
+        }
       return form.dx(how.load(dy + k) * how.load(gamma.at(k)), how.load(x + k));
     });
-    for_columns<A>(cols - summed, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA { add_next(summed + k, how); });
+    for_columns<A>(cols - summed, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+      const size_t k = summed + i;
+      sum(k, how, how.load(next_dy + k), how.load(next_x + k, broadcast(next.centre)));
+    });
     return {total<A>(g_sum), total<A>(gx_sum)};
   }
 
   // A task of short rows past the cache.
   static void streamed_rows(const T* dy, const T* x, size_t cols, size_t first, size_t last, const double* mean,
-                            const double* var, double eps, const Parameter<A>& gamma, T* dx, size_t begun,
-                            ColumnSums columns, size_t ahead) {
+                            const double* var, double eps, ByColumn<A> gamma, T* dx, ColumnSums columns, size_t ahead) {
     const auto known_of = [&](size_t r) FASTNORM_INLINE_LAMBDA { return known(mean ? mean[r] : 0.0, var[r], eps); };
     const auto form_of = [&](const Known& row, const Sums& sums)
                              FASTNORM_INLINE_LAMBDA { return descent(row, {mean ? sums.g : 0.0, sums.gx}, cols); };
     size_t at = first * cols;
     Known row = known_of(first);
     Sums sums{};
-    sweep<1>(dy + at, x + at, cols, 0, cols, begun, &row, gamma, &sums, columns);
+    sweep<1>(dy + at, x + at, cols, 0, cols, 0, &row, gamma, &sums, columns);
     Writer<T> writer(true);
     for (size_t r = first + 1; r < last; ++r, at += cols) {
       const Descent form = form_of(row, sums);
       row = known_of(r);
-      sums = write_and_sum(writer, dy + at, x + at, dx + at, cols, begun, form, row, gamma, columns, ahead);
+      sums = write_and_sum(writer, dy + at, x + at, dx + at, cols, form, row, gamma, columns, ahead);
     }
     write_dx(writer, dy + at, x + at, dx + at, 0, cols, form_of(row, sums), gamma, 0);
   }
 
   // Rows that fit a core's cache: a task takes some rows and keeps column sums of its own.
   static void short_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
-                         const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
+                         ByColumn<A> gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
     const size_t cols = shape.cols;
     const size_t tasks = (shape.rows + plan.task - 1) / plan.task;
     // What is swept from beyond the cache gains nothing by being aligned.
-    const size_t begun = plan.before > 0 ? begun_in_rows(dx, cols) : plan.stream ? 0 : begun_in_rows(x, cols);
+    const size_t begun = plan.stream ? 0 : begun_in_rows(x, cols);
     const size_t pitch = (begun + cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
     const Workspace<A> sums(2 * tasks * pitch);
     const auto one = [&](size_t task, int) {
@@ -362,7 +373,7 @@ struct Row {
       const ColumnSums columns{sums.data() + 2 * task * pitch + begun, sums.data() + (2 * task + 1) * pitch + begun};
       const size_t last = std::min(shape.rows, (task + 1) * plan.task);
       if (plan.before > 0) {
-        streamed_rows(dy, x, cols, task * plan.task, last, mean, var, eps, gamma, dx, begun, columns, plan.ahead);
+        streamed_rows(dy, x, cols, task * plan.task, last, mean, var, eps, gamma, dx, columns, plan.ahead);
         return;
       }
       Writer<T> writer(plan.stream);
@@ -414,7 +425,7 @@ struct Row {
   // Long rows: all threads on a block of rows, first the sums along the rows, then dx, piece by piece.
   // Column sums need no partial copies, since a piece's columns belong to one task.
   static void long_rows(const T* dy, const T* x, RowShape shape, const double* mean, const double* var, double eps,
-                        const Parameter<A>& gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
+                        ByColumn<A> gamma, T* dx, double* dgamma, double* dbeta, const RowPlan& plan) {
     const size_t cols = shape.cols;
     const size_t pieces = (cols + kChunk - 1) / kChunk;
     const Workspace<Sums> partial(plan.rows * pieces);

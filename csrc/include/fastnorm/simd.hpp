@@ -330,6 +330,45 @@ FASTNORM_INLINE size_t begun_at(const T* p, size_t n) {
   return reinterpret_cast<std::uintptr_t>(p) % (lanes * sizeof(T)) / sizeof(T);
 }
 
+// Reads vectors one after the other from p on, wherever it lies, by aligned loads, two of which are brought together
+// where it begins within one: of arrays on their way from memory a load from two lines waits for both, and LayerNorm
+// backward of (32768, 500) took 2.9 ms instead of 2.2. Up to kBeyond elements after those asked for are read. Where
+// vectors are less than a line, it loads them as they are.
+template <class T>
+class AlignedReader {
+  using A = Acc<T>;
+  static constexpr size_t kStep = kLanes<A>;
+  static constexpr bool kAligned = kStep * sizeof(T) == kLineBytes;
+
+ public:
+  static constexpr size_t kBeyond = kAligned ? kStep : 0;
+
+  FASTNORM_INLINE explicit AlignedReader(const T* p) : at_(p) {
+    if constexpr (kAligned) {
+      const size_t begun = reinterpret_cast<std::uintptr_t>(p) % (kStep * sizeof(T)) / sizeof(T);
+      at_ = p - begun;
+      from_ = lane_numbers<A>() + static_cast<Index<A>>(begun);
+      last_ = load(at_);
+    }
+  }
+
+  FASTNORM_INLINE Vector<A> next() {
+    if constexpr (!kAligned) {
+      at_ += kStep;
+      return load(at_ - kStep);
+    }
+    const Vector<A> before = last_;
+    at_ += kStep;
+    last_ = load(at_);
+    return __builtin_shuffle(before, last_, from_);
+  }
+
+ private:
+  const T* at_;
+  Indices<A> from_{};
+  Vector<A> last_{};
+};
+
 // Lines of inputs to fetch while an output is written: those that the next slab or row will read. A store
 // past the cache leaves the load ports idle; reading ahead meanwhile hides the next first pass. One array is fetched
 // into L1, two into L2: on (4096, 4096) rows the forward took 2.5 ms instead of 2.7, on (8, 64, 112, 112) the backward
