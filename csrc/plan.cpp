@@ -46,10 +46,10 @@ constexpr std::size_t kRowsBefore = 2;
 constexpr std::size_t kBytesBefore = std::size_t{8} << 10;
 // Bytes from a row being written to the one being fetched, at least. On one core: (16384, 1024) 3.8 to 3.2 ms.
 constexpr std::size_t kFetchBytes = std::size_t{16} << 10;
-// Rows, backward: bytes of what is at hand while a row is stored past the cache and the next one is summed. They should
-// be in a first-level cache: on one core, (16384, 1024) 6.1 to 4.2 ms, but rows of 2,048 are no faster, of 4,096
-// slower. Fewer than kChunk columns, so that sums along a row are the same either way.
-constexpr std::size_t kRowAndNext = std::size_t{44} << 10;
+// Rows, backward: bytes up to which a row is summed while the one before it is stored past the cache. Two threads,
+// float32, against four summed, then stored: rows of 4,096 4.1 to 3.7 ms, of 16,384 4.7 to 4.1, of 32,768 the same, but
+// float64 of 16,384, whose column sums are 256 KB, 7.4 to 8.7.
+constexpr std::size_t kSummedRow = std::size_t{64} << 10;
 // Bytes of dy and x between the two passes over long rows; it decides the order of summation, so no cache size enters.
 constexpr std::size_t kLongBlock = std::size_t{8} << 20;
 
@@ -235,9 +235,7 @@ RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int 
     plan.ahead = kReadAhead;
     if (2 * plan.rows * row_bytes > caches().l3 / 2) plan.passes = 2;
   } else {
-    // Two rows of dy and x, and in the accumulation dtype gamma and two column sums.
-    const std::size_t row_and_next = shape.cols * (4 * itemsize + 3 * std::max<std::size_t>(itemsize, 4));
-    plan.before = plan.stream && row_and_next <= kRowAndNext ? 1 : 0;
+    plan.before = plan.stream && row_bytes <= kSummedRow ? 1 : 0;
     plan.rows = std::min(plan.before > 0 ? plan.before + 1 : kSweep, shape.rows);
     const std::size_t enough = shape.rows * shape.cols < kSerial ? kTaskRows : ceil_div(kTaskElements, shape.cols);
     plan.task = std::min(kTaskRows, ceil_div(std::max(ceil_div(shape.rows, 32), enough), kSweep) * kSweep);

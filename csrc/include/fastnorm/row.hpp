@@ -313,31 +313,37 @@ struct Row {
     constexpr size_t lanes = kLanes<A>;
     const T *next_dy = dy + cols, *next_x = x + cols;
     const Ahead<T, 1> fetch_dy{{next_dy}, ahead}, fetch_x{{next_x}, ahead};
+    Sums sums{};
     Vector<A> g_sum{}, gx_sum{};
-    const auto sum = [&](size_t k, auto how, Vector<A> grad, Vector<A> value) FASTNORM_INLINE_LAMBDA {
-      if (k * sizeof(T) % kLineBytes == 0) {
-        fetch_dy.line(k);
-        fetch_x.line(k);
-      }
-      columns.update(k, how, [&](Vector<A>& gamma_sum, Vector<A>& beta_sum) FASTNORM_INLINE_LAMBDA {
-        add(grad, value, next, how.load(gamma.at(k)), g_sum, gx_sum, gamma_sum, beta_sum);
-      });
+    const auto end_chunk = [&] FASTNORM_INLINE_LAMBDA {
+      sums.g += total<A>(g_sum);
+      sums.gx += total<A>(gx_sum);
+      g_sum = gx_sum = Vector<A>{};
     };
     size_t summed = 0;
+    const auto sum = [&](auto how, Vector<A> grad, Vector<A> value) FASTNORM_INLINE_LAMBDA {
+      if (summed * sizeof(T) % kLineBytes == 0) {
+        fetch_dy.line(summed);
+        fetch_x.line(summed);
+      }
+      columns.update(summed, how, [&](Vector<A>& gamma_sum, Vector<A>& beta_sum) FASTNORM_INLINE_LAMBDA {
+        add(grad, value, next, how.load(gamma.at(summed)), g_sum, gx_sum, gamma_sum, beta_sum);
+      });
+      summed += lanes;
+      if (summed % kChunk == 0) end_chunk();
+    };
     AlignedReader<T> grads(next_dy), values(next_x);
     writer.run(dx, cols, Ahead<T, 2>{}, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
       if constexpr (std::is_same_v<decltype(how), Whole>)
-        if (summed + lanes + AlignedReader<T>::kBeyond <= cols) {
-          sum(summed, Whole{}, grads.next(), values.next());
-          summed += lanes;
-        }
+        if (summed + lanes + AlignedReader<T>::kBeyond <= cols) sum(how, grads.next(), values.next());
       return form.dx(how.load(dy + k) * how.load(gamma.at(k)), how.load(x + k));
     });
-    for_columns<A>(cols - summed, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-      const size_t k = summed + i;
-      sum(k, how, how.load(next_dy + k), how.load(next_x + k, broadcast(next.centre)));
+    for_columns<A>(cols - summed, [&, from = summed](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+      const size_t k = from + i;
+      sum(how, how.load(next_dy + k), how.load(next_x + k, broadcast(next.centre)));
     });
-    return {total<A>(g_sum), total<A>(gx_sum)};
+    end_chunk();
+    return sums;
   }
 
   // A task of short rows past the cache.
