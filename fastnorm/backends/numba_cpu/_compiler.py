@@ -71,7 +71,7 @@ class _Library(JITCodeLibrary):
 
     def _optimize_final_module(self) -> None:
         options = binding.create_pipeline_tuning_options(speed_level=3)
-        options.loop_vectorization = options.slp_vectorization = True
+        options.loop_vectorization = True
         options.loop_unrolling = self.unroll
         builder = binding.create_pass_builder(self._codegen._tm, options)
         builder.getModulePassManager().run(self._final_module, builder)
