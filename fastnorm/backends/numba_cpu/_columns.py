@@ -55,12 +55,14 @@ from fastnorm.backends.numba_cpu._vectors import (
     begun,
     element,
     fence,
+    itemsize,
     lanes,
     load,
     load4,
     load_part,
     load_wide,
     prefetch,
+    prefetch4,
     put,
     rounded,
     scratch,
@@ -77,6 +79,10 @@ CHUNK = 64
 """Rows of a chunk: at most this many additions in float32; 128 KB of float32 at full width."""
 TOGETHER = 8
 """Rows that are added to the running sums of a chunk together, so that these stay in registers."""
+SUMMED_AHEAD = 1 << 14
+"""Bytes from what is summed to what is fetched meanwhile, of rows so short that the eight taken together are fewer:
+where a thread ends one page and begins another, it is left without what the machine fetches by itself. Moments of
+(262144, 64) on one core 3.7 to 2.9 ms; rows of 1,024 columns took longer."""
 PART = 1 << 17
 """Elements of a part at full width."""
 BAND = 1 << 16
@@ -163,7 +169,7 @@ _kernel = functools.partial(Kernel, unroll=False)
 
 
 @compiled
-def _sums_down(x, top, stride, rows, columns, centre, sums, squares):
+def _sums_down(x, top, stride, rows, columns, centre, sums, squares, ahead):
     """Sums of x - centre and of their squares down each column, a few rows at a time, so that they stay in
     registers."""
     zero = spread4(x, 0.0)
@@ -174,6 +180,8 @@ def _sums_down(x, top, stride, rows, columns, centre, sums, squares):
             if first > 0:
                 running, square = load4(sums, j, SCRATCH, zero), load4(squares, j, SCRATCH, zero)
             for row in range(first, last):
+                if ahead > 0:
+                    prefetch4(x, top + row * stride + j + ahead)
                 deviation = load4(x, top + row * stride + j, columns - j, middle) - middle
                 running += deviation
                 square += deviation * deviation
@@ -182,7 +190,7 @@ def _sums_down(x, top, stride, rows, columns, centre, sums, squares):
 
 
 @compiled
-def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean, squares, into):
+def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean, squares, into, ahead):
     """Merge the moments of a matrix's channels into those of `seen` elements before.
 
     The squares are those about a pivot, less what the pivot adds: that is at most what stays, where the first half
@@ -209,7 +217,7 @@ def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean,
             for c in range(0, channels, 4 * lanes(x)):
                 store4(centre, c, load4(pivots, c, SCRATCH, zero), SCRATCH)
             _expand(centre, channels, inner, copies)
-            _sums_down(x, top, stride, some, channels * values, centre, sums, square)
+            _sums_down(x, top, stride, some, channels * values, centre, sums, square, ahead)
             for which in range(2):  # one copy of what is compiled
                 _collapse(sums if which == 0 else square, channels, inner, copies)
             for c in range(0, channels, WIDE):
@@ -230,13 +238,21 @@ def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean,
 
 
 @compiled
+def _fetched(x, channels, inner, past_cache, arrays):
+    """Elements from those that are summed to those that are fetched, in each of so many arrays, where they come from
+    memory and the rows taken together are short; 0: none are."""
+    bytes_of_row = channels * inner * itemsize(x)
+    return SUMMED_AHEAD // (itemsize(x) * arrays) if past_cache and TOGETHER * bytes_of_row <= SUMMED_AHEAD else 0
+
+
+@compiled
 def _block(channels, inner, grid):
     """How many of so many channels are summed at once: a block, or all, if not many more."""
     return channels if channels * inner <= SCRATCH else grid[0]
 
 
 @compiled
-def _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squares, first, group, part):
+def _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squares, first, group, part, ahead):
     """Moments of a block of channels over a part of the rows of a sample, into the part's row of the part arrays."""
     _, _, fold, part_rows, parts = grid
     row, into = part * part_rows, (sample * parts + part) * channels + first
@@ -245,7 +261,7 @@ def _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squar
         above, folded, copies = _section(section, rows, fold)
         top = ((sample * outer + row + above) * channels + first) * inner
         stride, seen = channels * inner * copies, above * inner
-        _matrix_moments(x, top, stride, folded, group, inner, copies, seen, part_mean, part_squares, into)
+        _matrix_moments(x, top, stride, folded, group, inner, copies, seen, part_mean, part_squares, into, ahead)
 
 
 @compiled
@@ -352,6 +368,7 @@ def forward(
         return
     steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 3
+    fetched = _fetched(x, channels, inner, past_cache, 1)
     for task in range(begin, end):
         sample, first, last, part, upto = _share(y, task, steps, outer, channels, inner, span, grid, group)
         sample += first_sample
@@ -361,7 +378,9 @@ def forward(
                 block = first
                 while block < last:
                     count = _block(last - block, inner, grid)
-                    _part_moments(x, sample, outer, channels, inner, grid, part_mean, part_squares, block, count, i)
+                    _part_moments(
+                        x, sample, outer, channels, inner, grid, part_mean, part_squares, block, count, i, fetched
+                    )
                     block += count
         if steps & FINISH:
             _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, mean, var, sample, first, last)
@@ -383,7 +402,7 @@ def forward(
 
 
 @compiled
-def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, sum_dy, sum_dy_centred, into):
+def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, sum_dy, sum_dy_centred, into, ahead):
     """Add sum(dy) and sum(dy*(x - centre)) of each channel; float32 chains end after CHUNK rows."""
     columns, zero = channels * inner * copies, spread4(x, 0.0)
     chunk_dy, chunk_dy_centred = scratch(x), scratch(x)
@@ -396,6 +415,9 @@ def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, su
                 running_dy, running = load4(chunk_dy, j, SCRATCH, zero), load4(chunk_dy_centred, j, SCRATCH, zero)
             for row in range(first, last):
                 at = start + row * stride + j
+                if ahead > 0:
+                    prefetch4(dy, at + ahead)
+                    prefetch4(x, at + ahead)
                 grad = load4(dy, at, columns - j, zero)
                 running_dy += grad
                 running += grad * (load4(x, at, columns - j, middle) - middle)
@@ -412,7 +434,9 @@ def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, su
 
 
 @compiled
-def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred, first, group, part):
+def _part_sums(
+    dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred, first, group, part, ahead
+):
     """Sums of a block of channels over a part of the rows of a sample, into the part's row of the part arrays."""
     _, _, fold, part_rows, parts = grid
     row, into = part * part_rows, (sample * parts + part) * channels + first
@@ -429,7 +453,7 @@ def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy,
         above, folded, copies = _section(section, rows, fold)
         top = ((sample * outer + row + above) * channels + first) * inner
         stride = channels * inner * copies
-        _matrix_sums(dy, x, top, stride, folded, group, inner, copies, centre, part_dy, part_dy_centred, into)
+        _matrix_sums(dy, x, top, stride, folded, group, inner, copies, centre, part_dy, part_dy_centred, into, ahead)
 
 
 @compiled
@@ -486,6 +510,7 @@ def backward(
         return
     steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 5
+    fetched = _fetched(x, channels, inner, past_cache, 2)
     for task in range(begin, end):
         sample, first, last, part, upto = _share(dx, task, steps, outer, channels, inner, span, grid, group)
         sample += first_sample
@@ -497,7 +522,7 @@ def backward(
                     some = _block(last - block, inner, grid)
                     _part_sums(
                         dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred,
-                        block, some, i,
+                        block, some, i, fetched,
                     )  # fmt: skip
                     block += some
         if steps & FINISH:

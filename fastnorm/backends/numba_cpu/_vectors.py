@@ -187,6 +187,13 @@ def begun(typing: Any, array: Any) -> Any:
     return types.intp(array), generate
 
 
+@intrinsic
+def itemsize(typing: Any, array: Any) -> Any:
+    """Bytes of an element."""
+    size = array.dtype.bitwidth // 8
+    return types.intp(array), lambda context, builder, signature, arguments: WORD(size)
+
+
 def _defined_spread(lines: int) -> Any:
     @intrinsic
     def spread(typing: Any, array: Any, value: Any) -> Any:
@@ -349,20 +356,28 @@ def store_part(typing: Any, array: Any, index: Any, vector: Any, first: Any, las
     return types.void(array, types.intp, vector, types.intp, types.intp), generate
 
 
-@intrinsic
-def prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Fetch the line of an element into L2; it need not lie in the array."""
+def _defined_prefetch(lines: int) -> Any:
+    @intrinsic
+    def prefetch(typing: Any, array: Any, index: Any) -> Any:
+        """Fetch the line of an element, or that and the next, into L2; they need not lie in the array."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]), "llvm.prefetch.p0"
-        )
-        address = builder.bitcast(_address(context, builder, array, *arguments), pointer)
-        builder.call(function, [address, I32(0), I32(2), I32(1)])
-        return context.get_dummy_value()
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = ir.IntType(8).as_pointer()
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]), "llvm.prefetch.p0"
+            )
+            address = builder.bitcast(_address(context, builder, array, *arguments), pointer)
+            for line in range(lines):
+                place = builder.gep(address, [WORD(line * LINE_BYTES)])
+                builder.call(function, [place, I32(0), I32(2), I32(1)])
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+        return types.void(array, types.intp), generate
+
+    return prefetch
+
+
+prefetch, prefetch4 = _defined_prefetch(1), _defined_prefetch(4)
 
 
 @intrinsic
