@@ -80,9 +80,9 @@ CHUNK = 64
 TOGETHER = 8
 """Rows that are added to the running sums of a chunk together, so that these stay in registers."""
 SUMMED_AHEAD = 1 << 14
-"""Bytes from what is summed to what is fetched meanwhile, of rows so short that the eight taken together are fewer:
-where a thread ends one page and begins another, it is left without what the machine fetches by itself. Moments of
-(262144, 64) on one core 3.7 to 2.9 ms; rows of 1,024 columns took longer."""
+"""Bytes from what is summed to what is fetched meanwhile, of rows so short that the eight taken together are fewer.
+Moments of (262144, 64) on one core 3.7 to 2.9 ms; rows of 1,024 columns took longer, and so did the two arrays of the
+backward."""
 PART = 1 << 17
 """Elements of a part at full width."""
 BAND = 1 << 16
@@ -238,11 +238,11 @@ def _matrix_moments(x, start, stride, rows, channels, inner, copies, seen, mean,
 
 
 @compiled
-def _fetched(x, channels, inner, past_cache, arrays):
-    """Elements from those that are summed to those that are fetched, in each of so many arrays, where they come from
-    memory and the rows taken together are short; 0: none are."""
+def _fetched(x, channels, inner, past_cache):
+    """Elements from those that are summed to those that are fetched, where they come from memory and the rows taken
+    together are short; 0: none are."""
     bytes_of_row = channels * inner * itemsize(x)
-    return SUMMED_AHEAD // (itemsize(x) * arrays) if past_cache and TOGETHER * bytes_of_row <= SUMMED_AHEAD else 0
+    return SUMMED_AHEAD // itemsize(x) if past_cache and TOGETHER * bytes_of_row <= SUMMED_AHEAD else 0
 
 
 @compiled
@@ -368,7 +368,7 @@ def forward(
         return
     steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 3
-    fetched = _fetched(x, channels, inner, past_cache, 1)
+    fetched = _fetched(x, channels, inner, past_cache)
     for task in range(begin, end):
         sample, first, last, part, upto = _share(y, task, steps, outer, channels, inner, span, grid, group)
         sample += first_sample
@@ -402,7 +402,7 @@ def forward(
 
 
 @compiled
-def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, sum_dy, sum_dy_centred, into, ahead):
+def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, sum_dy, sum_dy_centred, into):
     """Add sum(dy) and sum(dy*(x - centre)) of each channel; float32 chains end after CHUNK rows."""
     columns, zero = channels * inner * copies, spread4(x, 0.0)
     chunk_dy, chunk_dy_centred = scratch(x), scratch(x)
@@ -415,9 +415,6 @@ def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, su
                 running_dy, running = load4(chunk_dy, j, SCRATCH, zero), load4(chunk_dy_centred, j, SCRATCH, zero)
             for row in range(first, last):
                 at = start + row * stride + j
-                if ahead > 0:
-                    prefetch4(dy, at + ahead)
-                    prefetch4(x, at + ahead)
                 grad = load4(dy, at, columns - j, zero)
                 running_dy += grad
                 running += grad * (load4(x, at, columns - j, middle) - middle)
@@ -434,9 +431,7 @@ def _matrix_sums(dy, x, start, stride, rows, channels, inner, copies, centre, su
 
 
 @compiled
-def _part_sums(
-    dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred, first, group, part, ahead
-):
+def _part_sums(dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred, first, group, part):
     """Sums of a block of channels over a part of the rows of a sample, into the part's row of the part arrays."""
     _, _, fold, part_rows, parts = grid
     row, into = part * part_rows, (sample * parts + part) * channels + first
@@ -453,7 +448,7 @@ def _part_sums(
         above, folded, copies = _section(section, rows, fold)
         top = ((sample * outer + row + above) * channels + first) * inner
         stride = channels * inner * copies
-        _matrix_sums(dy, x, top, stride, folded, group, inner, copies, centre, part_dy, part_dy_centred, into, ahead)
+        _matrix_sums(dy, x, top, stride, folded, group, inner, copies, centre, part_dy, part_dy_centred, into)
 
 
 @compiled
@@ -510,7 +505,6 @@ def backward(
         return
     steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 5
-    fetched = _fetched(x, channels, inner, past_cache, 2)
     for task in range(begin, end):
         sample, first, last, part, upto = _share(dx, task, steps, outer, channels, inner, span, grid, group)
         sample += first_sample
@@ -522,7 +516,7 @@ def backward(
                     some = _block(last - block, inner, grid)
                     _part_sums(
                         dy, x, sample, outer, channels, inner, span, grid, mean, part_dy, part_dy_centred,
-                        block, some, i, fetched,
+                        block, some, i,
                     )  # fmt: skip
                     block += some
         if steps & FINISH:
