@@ -301,13 +301,19 @@ def _merge_parts(outer, channels, inner, span, grid, part_mean, part_squares, me
 
 
 @compiled
-def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, columns):
+def _shift(out, columns):
+    """Where coefficients of columns begin, so that a line of them is one in memory where that of the output is."""
+    return (begun(out) - begun(columns)) % lanes(out)
+
+
+@compiled
+def _lines_of_columns(lines, kinds, sample, channels, inner, fold, first, last, columns, shift):
     """The `kinds` coefficients of channels first..last for each of their columns in a folded row, and for those with
     which the row starts behind its end, too."""
     width, samples = channels * inner, lines.size // (kinds * channels)
-    room, zero = width * fold + ROOM, spread4(lines, 0.0)
+    pitch, room, zero = width * fold + ROOM, width * fold + ROOM - lanes(lines), spread4(lines, 0.0)
     for kind in range(kinds):
-        of_channels, of_columns = (kind * samples + sample) * channels, (kind * samples + sample) * room
+        of_channels, of_columns = (kind * samples + sample) * channels, (kind * samples + sample) * pitch + shift
         for copy in range(-(-room // width)):
             above, upto = copy * width, least(last, room - copy * width)
             if inner == 1:
@@ -368,6 +374,7 @@ def forward(
         return
     steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 3
+    shift = _shift(y, columns)
     fetched = _fetched(x, channels, inner, past_cache)
     for task in range(begin, end):
         sample, first, last, part, upto = _share(y, task, steps, outer, channels, inner, span, grid, group)
@@ -388,10 +395,10 @@ def forward(
             normalizing_lines(
                 x, mean, var, eps, parameters, span, channels, lines, lines.size // 3, above + first, above + last
             )  # fmt: skip
-            _lines_of_columns(lines, 3, sample, channels, inner, grid[2], first, last, columns)
+            _lines_of_columns(lines, 3, sample, channels, inner, grid[2], first, last, columns, shift)
         if steps & WRITE:
             at, count, rows, ahead = _written(steps, outer, channels, inner, first, last, part, past_cache)
-            arrays = (x, columns, length, sample * (period + ROOM))
+            arrays = (x, columns, length, sample * (period + ROOM) + shift)
             for row in range(rows):
                 top = start + at + row * channels * inner
                 _write_normalized(arrays, y, top, top + count, at % period, period, past_cache, ahead)
@@ -505,6 +512,7 @@ def backward(
         return
     steps, group, first_sample = plan[step, STEPS], plan[step, GROUP], plan[step, FIRST]
     size, period, length = outer * channels * inner, channels * inner * grid[2], columns.size // 5
+    shift = _shift(dx, columns)
     for task in range(begin, end):
         sample, first, last, part, upto = _share(dx, task, steps, outer, channels, inner, span, grid, group)
         sample += first_sample
@@ -529,10 +537,10 @@ def backward(
                 x, mean, var, eps, factors, span, channels, sum_dy, sum_dy_xhat, count, lines, lines.size // 5,
                 above + first, above + last,
             )  # fmt: skip
-            _lines_of_columns(lines, 5, sample, channels, inner, grid[2], first, last, columns)
+            _lines_of_columns(lines, 5, sample, channels, inner, grid[2], first, last, columns, shift)
         if steps & WRITE:
             at, written, rows, ahead = _written(steps, outer, channels, inner, first, last, part, past_cache)
-            arrays = (dy, x, columns, length, sample * (period + ROOM))
+            arrays = (dy, x, columns, length, sample * (period + ROOM) + shift)
             for row in range(rows):
                 top = start + at + row * channels * inner
                 _write_gradient(arrays, dx, top, top + written, at % period, period, past_cache, ahead)

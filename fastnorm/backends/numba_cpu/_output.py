@@ -83,7 +83,7 @@ def writer_of_columns(whole: Callable[..., Any], part: Callable[..., Any]) -> An
     @compiled
     def write(arrays, out, begin, end, j, period, past_cache, ahead):
         step = lanes(out)
-        skip = (begun(out) + begin) % step if past_cache else 0
+        skip = (begun(out) + begin) % step
         at = begin
         while at < end:
             lines = (end - at) // step
