@@ -188,7 +188,7 @@ struct Columns {
                                   size_t ahead) const {
     sum_block<kSummedRows, 1>(u, n, lead(block), {sums, squares},
                               [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-                                if (ahead != 0) __builtin_prefetch(block + at + ahead, 0, 2);
+                                if (ahead != 0) __builtin_prefetch(block + at + ahead);
                                 const Vector<A> d = how.load(block + at) - how.load(pivots + c);
                                 sum[0] += d;
                                 sum[1] = mul_add(d, d, sum[1]);
@@ -261,20 +261,23 @@ struct Columns {
     }
   }
 
-  // What is fetched while lines of offsets from `at` on are written.
+  // What is fetched of the next slab while a line is written past the cache: of two arrays one, since of two most
+  // fetches are dropped. Into the caches that `Ahead` has them in.
   template <int count>
-  FASTNORM_INLINE static Ahead<T, count> ahead_of(const T* const (&from)[count], size_t at, size_t elements) {
-    Ahead<T, count> fetch{{}, elements};
-    for (int k = 0; k < count; ++k) fetch.from[k] = from[k] + at;
-    return fetch;
-  }
+  struct NextSlab {
+    const T* from;
+    size_t elements;  // to it; 0: there is none
+    FASTNORM_INLINE void line(size_t i) const {
+      if (elements != 0) __builtin_prefetch(from + elements + i, 0, count == 1 ? 3 : 2);
+    }
+  };
 
-  // The same of a row of a slab: the slab's next row, from the last-level cache, and the next slab's in memory, of
-  // which two arrays would be too many.
+  // The same, and of all arrays the next row of the slab, from the last-level cache: the processor's own fetching
+  // begins anew with each row.
   template <int count>
-  struct RowAndSlab {
+  struct NextRowAndSlab {
     Ahead<T, count> row;
-    Ahead<T, 1> slab;
+    NextSlab<count> slab;
     FASTNORM_INLINE void line(size_t i) const {
       row.line(i);
       slab.line(i);
@@ -301,20 +304,22 @@ struct Columns {
             put(out + here, value(here, how, lines[v]), how);
           });
         });
+    const auto next_slab = [&] { return NextSlab<count>{from[count - 1] + at, ahead}; };
     Writer<T> writer(past_cache);
     if (past_cache && n == length) {  // rows follow one another in memory: one run, whole vectors across their ends
       size_t begun = 0;
-      writer.run(out + at, (last - r) * length, ahead_of(from, at, ahead),
-                 [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-                   while (i >= begun + step) begun += step;
-                   return value(at + i, how, line(i - begun, how));
-                 });
+      writer.run(out + at, (last - r) * length, next_slab(), [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+        while (i >= begun + step) begun += step;
+        return value(at + i, how, line(i - begun, how));
+      });
       return;
     }
-    for (; r < last; r += fold, at += step)
-      writer.run(out + at, n * std::min(fold, last - r),
-                 RowAndSlab<count>{ahead_of(from, at, step), {{from[count - 1] + at}, ahead}},
+    for (; r < last; r += fold, at += step) {
+      NextRowAndSlab<count> next{{{}, step}, next_slab()};
+      for (int k = 0; k < count; ++k) next.row.from[k] = from[k] + at;
+      writer.run(out + at, n * std::min(fold, last - r), next,
                  [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { return value(at + c, how, line(c, how)); });
+    }
   }
 
   void apply(const T* x, size_t g, size_t c0, size_t c1, Coefficients<A> k, T* y, bool past_cache, size_t ahead) const {
