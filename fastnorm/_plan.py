@@ -64,8 +64,8 @@ class Plan:
     streams: bool
     """The result is stored past the cache."""
     ahead: int
-    """Bytes from the line being written to the one being fetched meanwhile, of x alone in a backward with vectors across
-    channels; 0 where none is."""
+    """Bytes from the line being written to the one being fetched meanwhile, of x alone in a backward with vectors
+    across channels; 0 where none is."""
     reads: int
     """Arrays of x's size read from memory. The least is 1 forward, 2 backward (of dropout 1); twice that where no slab
     fits a cache."""
