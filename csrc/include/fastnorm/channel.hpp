@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 
 #include "fastnorm/columns.hpp"
@@ -44,6 +45,9 @@ class Workspace {
   void* memory_;
 };
 
+// Where threads share what is done once a channel, a part of it is a multiple of so many channels.
+constexpr size_t kPart = 128;
+
 // Channels of a slab in one group whose partial results lie on the stack.
 constexpr size_t kFewChannels = 1024;
 
@@ -60,19 +64,35 @@ inline void parallel_for(size_t count, F task, Order order = Order::ascending) {
       &task, order);
 }
 
+// What goes through a call's loops: one worker, or one of those that share each of them.
 struct SerialLoop {
   int worker;
+  size_t sharers() const { return 1; }
   template <class F>
   void operator()(size_t count, F f, Order order = Order::ascending) const {
     for (size_t i = 0; i < count; ++i) f(order == Order::ascending ? i : count - 1 - i, worker);
   }
 };
-struct ParallelLoop {
+struct SharedLoop {
+  Member* member;
+  size_t sharers() const { return member->members(); }
   template <class F>
   void operator()(size_t count, F f, Order order = Order::ascending) const {
-    parallel_for(count, f, order);
+    member->share(
+        count,
+        [](void* task, size_t i, int worker) {
+          (*static_cast<F*>(task))(i, worker);
+          fence();
+        },
+        &f, order);
   }
 };
+
+// body(loop) on every thread, whose loops they share, in one parallel region.
+template <class F>
+inline void together(F body) {
+  run_together([](void* f, Member& member) { (*static_cast<F*>(f))(SharedLoop{&member}); }, &body);
+}
 
 // One call of the channel family: which of the passes run, on what.
 template <class Geometry, class T>
@@ -176,22 +196,60 @@ struct ChannelCall {
     return plan.stream ? geometry.summed_ahead(width >= channels(), arrays) : 0;
   }
 
-  // mean and var of the slab's statistics.
+  // f(at, n) for channels [at, at + n) of the slab, all of them in parts that threads share: what is done once a
+  // channel between two loops over groups. In one part where channels are spread over columns or share statistics.
+  template <class Loop, class F>
+  void by_channel(const Slab& s, Loop loop, F f) const {
+    const size_t width = s.width(), sharers = span == 1 && geometry.spread_length(1) == 1 ? loop.sharers() : 1;
+    const size_t part = (width + sharers * kPart - 1) / (sharers * kPart) * kPart;
+    loop((width + part - 1) / part, [&](size_t i, int) { f(i * part, std::min(part, width - i * part)); });
+  }
+
+  // Moments of each channel, or of each statistic where its channels lie in one run, by group.
   template <class Loop>
-  void moments(const Slab& s, Loop loop, A* workspace) const {
-    const size_t first = s.c0 / span, count = s.width() / span;
+  void group_moments(const Slab& s, Loop loop, A* workspace) const {
+    if (joins())
+      group_moments(joined(), s.c0 / span, s.c1 / span, s, loop, workspace);
+    else
+      group_moments(geometry, s.c0, s.c1, s, loop, workspace);
+  }
+  template <class Walk, class Loop>
+  void group_moments(const Walk& walk, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
+    const size_t width = c1 - c0, ahead = summed_ahead(s.width(), 1);
+    loop(walk.cut.groups, [&](size_t g, int worker) {
+      walk.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
+                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+    });
+  }
+
+  // From those of groups to mean and var of the statistics of channels [at, at + n) of the slab.
+  void merge_groups(const Slab& s, size_t at, size_t n) const {
+    const size_t statistic = (s.c0 + at) / span;
     if (joins()) {
-      const double n = channel_moments(joined(), first, first + count, s, loop, workspace);
-      for (size_t i = 0; i < count; ++i) keep(first + i, {n, s.first[i], s.second[i]});
+      const double count = merge_groups(joined(), s, s.width() / span, 0, n / span);
+      for (size_t i = 0; i < n / span; ++i) keep(statistic + i, {count, s.first[i], s.second[i]});
       return;
     }
-    const double n = channel_moments(geometry, s.c0, s.c1, s, loop, workspace);
+    const double count = merge_groups(geometry, s, s.width(), at, n);
     if (span == 1) {  // a loop of its own, since it vectorizes
-      std::copy_n(s.first, count, mean + first);
-      for (size_t i = 0; i < count; ++i) var[first + i] = s.second[i] / n;
+      std::copy_n(s.first + at, n, mean + statistic);
+      for (size_t i = 0; i < n; ++i) var[statistic + i] = s.second[at + i] / count;
       return;
     }
-    for (size_t i = 0; i < count; ++i) keep(first + i, merge_equal(n, s.first + i * span, s.second + i * span, span));
+    for (size_t i = 0; i < n / span; ++i)
+      keep(statistic + i, merge_equal(count, s.first + i * span, s.second + i * span, span));
+  }
+
+  // Into the first of `groups` rows of `width`, columns [at, at + n); returns the count of elements of each.
+  template <class Walk>
+  double merge_groups(const Walk& walk, const Slab& s, size_t width, size_t at, size_t n) const {
+    double count = walk.count(0);
+    for (size_t g = 1; g < walk.cut.groups; ++g) {
+      const double more = walk.count(g);
+      merge_each(s.first + at, s.second + at, s.first + g * width + at, s.second + g * width + at, n, count, more);
+      count += more;
+    }
+    return count;
   }
 
   void keep(size_t statistic, const Moments& m) const {
@@ -199,107 +257,111 @@ struct ChannelCall {
     var[statistic] = m.m2 / m.n;
   }
 
-  // Mean and m2 of channels [c0, c1) into the slab's first row; returns their count.
-  template <class Walk, class Loop>
-  double channel_moments(const Walk& walk, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
-    const size_t width = c1 - c0, groups = walk.cut.groups;
-    const size_t ahead = summed_ahead(width, 1);
-    loop(groups, [&](size_t g, int worker) {
-      walk.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
-                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
-    });
-    double n = walk.count(0);
-    for (size_t g = 1; g < groups; ++g) {
-      const double more = walk.count(g), share = more / (n + more);
-      for (size_t c = 0; c < width; ++c) {
-        const double delta = s.first[g * width + c] - s.first[c];
-        s.first[c] += delta * share;
-        s.second[c] += s.second[g * width + c] + delta * delta * (n * share);
-      }
-      n += more;
-    }
-    return n;
-  }
-
-  // The mean and rstd of each channel, for all passes but `moments`.
-  void expand(const Slab& s) const {
-    const size_t first = s.c0 / span, count = s.width() / span;
-    rstds(s.rstd, var + first, count, eps);
+  // The mean and rstd of channels [at, at + n), for all passes but moments.
+  void expand(const Slab& s, size_t at, size_t n) const {
+    const size_t first = (s.c0 + at) / span, count = n / span;
+    rstds(s.rstd + at, var + first, count, eps);
     if (span == 1) return;
-    std::copy_n(mean + first, count, s.mean);
-    repeat_each(s.rstd, count, span);
-    repeat_each(s.mean, count, span);
+    std::copy_n(mean + first, count, s.mean + at);
+    repeat_each(s.rstd + at, count, span);
+    repeat_each(s.mean + at, count, span);
   }
 
-  // f(at, n): channels [at, at + n) of the slab are channels of one sample, from c0 on.
+  // f(at, n, c): channels [at, at + n) of the slab are those from c on of one sample.
   template <class F>
-  void by_sample(const Slab& s, F f) const {
-    for (size_t at = 0; at < s.width(); at += channels()) f(at, std::min(channels(), s.width() - at));
+  void by_sample(const Slab& s, size_t at, size_t n, F f) const {
+    for (const size_t end = at + n; at < end; at += n) {
+      const size_t c = (s.c0 + at) % channels();
+      n = std::min(channels() - c, end - at);
+      f(at, n, c);
+    }
   }
-  const A* from(const A* parameter, const Slab& s) const { return parameter ? parameter + s.c0 : nullptr; }
+  static const A* from(const A* parameter, size_t c) { return parameter ? parameter + c : nullptr; }
+
+  // Coefficients of channels [at, at + n) as the geometry reads them.
+  void spread(std::initializer_list<A*> of, const Slab& s, size_t at, size_t n, size_t each = 1) const {
+    for (A* values : of)
+      if (n == s.width())
+        geometry.spread(values, n / each, each);
+      else if (at == 0)
+        std::copy_n(values, kLanes<A>, values + s.width());
+  }
+
+  // For `apply`.
+  void prepare(const Slab& s, size_t at, size_t n) const {
+    by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
+      forward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), from(beta, c));
+    });
+    spread({s.k.centre, s.k.scale, s.k.shift}, s, at, n);
+  }
 
   template <class Loop>
   void apply(const Slab& s, Loop loop) const {
-    by_sample(s, [&](size_t at, size_t n) {
-      forward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, s), from(beta, s));
-    });
-    for (A* values : {s.k.centre, s.k.scale, s.k.shift}) geometry.spread(values, s.width());
     loop(
         groups(), [&](size_t g, int) { geometry.apply(x, g, s.c0, s.c1, s.k, out, plan.stream, s.ahead); },
         Order::descending);
   }
 
-  // sum(dy) and sum(dy*xhat) of each channel into the slab's first row, and added to the sums over samples.
+  // For `group_sums`.
+  void centre(const Slab& s, size_t at, size_t n) const {
+    for (size_t c = at; c < at + n; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
+    spread({s.k.centre}, s, at, n);
+  }
+
+  // sum(dy) and sum(dy*(x - centre)) of each channel, by group.
   template <class Loop>
-  void reduce(const Slab& s, Loop loop, A* workspace) const {
-    const size_t width = s.width();
-    for (size_t c = 0; c < width; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
-    geometry.spread(s.k.centre, width);
-    const size_t ahead = summed_ahead(width, 2);
+  void group_sums(const Slab& s, Loop loop, A* workspace) const {
+    const size_t width = s.width(), ahead = summed_ahead(width, 2);
     loop(groups(), [&](size_t g, int worker) {
       geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
                       workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
     });
+  }
+
+  // From those of groups to sum(dy) and sum(dy*xhat) of channels [at, at + n), in the slab's first row, and added to
+  // the sums over samples.
+  void add_groups(const Slab& s, size_t at, size_t n) const {
     for (size_t g = 1; g < groups(); ++g) {
-      add(s.first, s.first + g * width, width);
-      add(s.second, s.second + g * width, width);
+      add(s.first + at, s.first + g * s.width() + at, n);
+      add(s.second + at, s.second + g * s.width() + at, n);
     }
-    products_with_xhat<A>(s.second, s.first, s.mean, s.rstd, width);
-    by_sample(s, [&](size_t at, size_t n) {
-      add(sum_dy + s.c0, s.first + at, n);
-      add(sum_dy_xhat + s.c0, s.second + at, n);
+    products_with_xhat<A>(s.second + at, s.first + at, s.mean + at, s.rstd + at, n);
+    by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
+      add(sum_dy + c, s.first + i, some);
+      add(sum_dy_xhat + c, s.second + i, some);
     });
   }
 
-  template <class Loop>
-  void backward_apply(const Slab& s, Loop loop) const {
-    backward_coefficients(s.k, s.width(), s.mean, s.rstd, from(gamma, s), sum_dy + s.c0, sum_dy_xhat + s.c0, divisor);
-    write_dx<ScaledDescent>(s, loop);
+  // For `write_dx`, from the sums over samples.
+  void prepare_dx(const Slab& s, size_t at, size_t n) const {
+    const size_t c = s.c0 + at;
+    backward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, c), sum_dy + c, sum_dy_xhat + c,
+                          divisor);
+    spread({s.k.centre, s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
 
-  // As `backward_apply`, with the statistics of a sample: from the slab's first row, whose sums it takes.
-  template <class Loop>
-  void sample_backward_apply(const Slab& s, Loop loop) const {
-    by_sample(s, [&](size_t at, size_t n) {
+  // With the statistics of each sample: from the slab's first row, whose sums it takes.
+  void prepare_dx_of_samples(const Slab& s, size_t at, size_t n) const {
+    by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
       if (span == 1)
-        backward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, s), s.first + at, s.second + at,
+        backward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), s.first + i, s.second + i,
                               divisor);
       else
-        weigh(s.k.scale + at, s.first + at, s.second + at, n, s.rstd + at, from(gamma, s), divisor);
+        weigh(s.k.scale + i, s.first + i, s.second + i, some, s.rstd + i, from(gamma, c), divisor);
     });
-    if (span == 1) return write_dx<ScaledDescent>(s, loop);
-    const size_t count = s.width() / span;
-    sum_each(s.first, count, span);
-    sum_each(s.second, count, span);
-    shared_coefficients(s.k, count, span, s.mean, s.rstd, s.first, s.second, divisor);
-    write_dx<SharedDescent>(s, loop);
+    if (span > 1) {
+      const size_t count = n / span;
+      sum_each(s.first, count, span);
+      sum_each(s.second, count, span);
+      shared_coefficients(s.k, count, span, s.mean, s.rstd, s.first, s.second, divisor);
+    }
+    // `scale` is by channel, the others by statistic.
+    spread({s.k.scale}, s, at, n);
+    spread({s.k.centre, s.k.shift, s.k.slope}, s, at, n, span);
   }
 
-  // `scale` is by channel, the others by statistic.
   template <class Form, class Loop>
   void write_dx(const Slab& s, Loop loop) const {
-    geometry.spread(s.k.scale, s.width());
-    for (A* values : {s.k.centre, s.k.shift, s.k.slope}) geometry.spread(values, s.width() / span, span);
     loop(
         groups(),
         [&](size_t g, int) {
@@ -353,7 +415,9 @@ struct ChannelCall {
     };
     const auto alone = [&](size_t task, int worker) { some(task, worker, SerialLoop{worker}); };
     if (plan.team)
-      for (size_t task = 0; task < tasks; ++task) some(task, 0, ParallelLoop{});
+      together([&](auto loop) {
+        for (size_t task = 0; task < tasks; ++task) some(task, 0, loop);
+      });
     else if (plan.serial)
       SerialLoop{0}(tasks, alone);
     else
@@ -407,13 +471,19 @@ struct Channel {
 
   static void moments(const T* x, ChannelShape shape, double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, 0, nullptr, nullptr, nullptr, nullptr, 0, nullptr,
-         [](const auto& c, const auto& s, auto loop, A* w) { c.moments(s, loop, w); });
+         [](const auto& c, const auto& s, auto loop, A* w) {
+           c.group_moments(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) { c.merge_groups(s, at, n); });
+         });
   }
   static void apply(const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                     const void* gamma, const void* beta, T* y) {
     call(shape, 1, nullptr, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, beta, nullptr, nullptr,
          0, y, [](const auto& c, const auto& s, auto loop, A*) {
-           c.expand(s);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.expand(s, at, n);
+             c.prepare(s, at, n);
+           });
            c.apply(s, loop);
          });
   }
@@ -421,8 +491,12 @@ struct Channel {
                       double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, 0, y,
          [](const auto& c, const auto& s, auto loop, A* w) {
-           c.moments(s, loop, w);
-           c.expand(s);
+           c.group_moments(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.merge_groups(s, at, n);
+             c.expand(s, at, n);
+             c.prepare(s, at, n);
+           });
            c.apply(s, loop);
          });
   }
@@ -431,8 +505,12 @@ struct Channel {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
          sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.expand(s);
-           c.reduce(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.expand(s, at, n);
+             c.centre(s, at, n);
+           });
+           c.group_sums(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) { c.add_groups(s, at, n); });
          });
   }
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
@@ -441,8 +519,11 @@ struct Channel {
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr,
          const_cast<double*>(sum_dy), const_cast<double*>(sum_dy_xhat), count, dx,
          [](const auto& c, const auto& s, auto loop, A*) {
-           c.expand(s);
-           c.backward_apply(s, loop);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.expand(s, at, n);
+             c.prepare_dx(s, at, n);
+           });
+           c.template write_dx<ScaledDescent>(s, loop);
          });
   }
   static void backward(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
@@ -450,9 +531,16 @@ struct Channel {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
          static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.expand(s);
-           c.reduce(s, loop, w);
-           c.backward_apply(s, loop);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.expand(s, at, n);
+             c.centre(s, at, n);
+           });
+           c.group_sums(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.add_groups(s, at, n);
+             c.prepare_dx(s, at, n);
+           });
+           c.template write_dx<ScaledDescent>(s, loop);
          });
   }
 };

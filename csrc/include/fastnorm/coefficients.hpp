@@ -99,6 +99,17 @@ inline void merge_means(double* __restrict mean, double* __restrict m2, const A*
   }
 }
 
+// Those of a group of `more` elements into those of the groups before, of `before`.
+inline void merge_each(double* __restrict mean, double* __restrict m2, const double* __restrict more_mean,
+                       const double* __restrict more_m2, size_t n, double before, double more) {
+  const double share = more / (before + more), weight = before * share;
+  for (size_t c = 0; c < n; ++c) {
+    const double delta = more_mean[c] - mean[c];
+    mean[c] += delta * share;
+    m2[c] += more_m2[c] + delta * delta * weight;
+  }
+}
+
 // sum(dy*(x - centre)) to sum(dy*xhat), in place.
 template <class A>
 inline void products_with_xhat(double* __restrict products, const double* __restrict sum_dy,

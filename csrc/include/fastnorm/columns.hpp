@@ -286,39 +286,34 @@ struct Columns {
 
   // Writes group g's rows of channels [c0, c1) from those of the same offsets in `from`, `fold` rows at a time: line(c,
   // how) loads what the vector of columns from c on needs of its channels, value(at, how, line) makes the one of offset
-  // `at`. Through the cache, `together` rows share what they need of their channels, which is most of what they load.
-  template <size_t together, int count, class Line, class Value>
+  // `at`. Through the cache, a strip of columns at a time, whose coefficients stay in a first-level cache from row to
+  // row; not several rows together: their parts of x and out are often whole pages apart.
+  template <int count, class Line, class Value>
   FASTNORM_INLINE void write_rows(size_t g, size_t c0, size_t c1, const T* const (&from)[count], T* out,
                                   bool past_cache, size_t ahead, const Line& line, const Value& value) const {
     const size_t last = last_row(g), fold = cut.fold, n = (c1 - c0) * shape.inner, length = row_length(),
                  step = fold * length;
-    size_t r = first_row(g), at = r * length + c0 * shape.inner;
-    if (!past_cache)
-      for (; r + together * fold <= last; r += together * fold, at += together * step)
-        for_columns<A, 2>(n * fold, lead(out + at), [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
-          decltype(line(c, how)) lines[width];
-          repeat<width>([&](auto v) FASTNORM_INLINE_LAMBDA { lines[v] = line(c + v * kLanes<A>, how); });
-          repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
-            constexpr size_t j = i / width, v = i % width;
-            const size_t here = at + j * step + c + v * kLanes<A>;
-            put(out + here, value(here, how, lines[v]), how);
-          });
-        });
-    const auto next_slab = [&] { return NextSlab<count>{from[count - 1] + at, ahead}; };
+    const size_t first = first_row(g), start = first * length + c0 * shape.inner;
+    const auto next_slab = [&](size_t at) { return NextSlab<count>{from[count - 1] + at, ahead}; };
     Writer<T> writer(past_cache);
     if (past_cache && n == length) {  // rows follow one another in memory: one run, whole vectors across their ends
       size_t begun = 0;
-      writer.run(out + at, (last - r) * length, next_slab(), [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-        while (i >= begun + step) begun += step;
-        return value(at + i, how, line(i - begun, how));
-      });
+      writer.run(out + start, (last - first) * length, next_slab(start),
+                 [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+                   while (i >= begun + step) begun += step;
+                   return value(start + i, how, line(i - begun, how));
+                 });
       return;
     }
-    for (; r < last; r += fold, at += step) {
-      NextRowAndSlab<count> next{{{}, step}, next_slab()};
-      for (int k = 0; k < count; ++k) next.row.from[k] = from[k] + at;
-      writer.run(out + at, n * std::min(fold, last - r), next,
-                 [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { return value(at + c, how, line(c, how)); });
+    const size_t wide = n * fold;
+    for (size_t c = 0, end; c < wide; c = end) {
+      end = past_cache ? wide : std::min(wide, (c == 0 ? lead(out + start) : c) + kWidth);
+      for (size_t r = first, at = start + c; r < last; r += fold, at += step) {
+        NextRowAndSlab<count> next{{{}, step}, next_slab(at)};
+        for (int k = 0; k < count; ++k) next.row.from[k] = from[k] + at;
+        writer.run(out + at, std::min(end, n * (last - r)) - c, next,
+                   [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA { return value(at + i, how, line(c + i, how)); });
+      }
     }
   }
 
@@ -326,7 +321,7 @@ struct Columns {
     struct Line {
       Vector<A> centre, scale, shift;
     };
-    write_rows<4>(
+    write_rows(
         g, c0, c1, {x}, y, past_cache, ahead,
         [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           return Line{how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c)};
@@ -341,8 +336,7 @@ struct Columns {
     struct Line {
       Vector<A> centre, scale, shift, slope;
     };
-    // Two: of the three arrays' rows, often whole pages apart, four each are more than a set of a first-level cache.
-    write_rows<2>(
+    write_rows(
         g, c0, c1, {dy, x}, dx, past_cache, ahead,
         [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
           return Line{how.load(k.centre + c), how.load(k.scale + c), how.load(k.shift + c), how.load(k.slope + c)};

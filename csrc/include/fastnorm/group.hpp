@@ -41,15 +41,22 @@ struct Group {
 
   static void moments(const T* x, const GroupShape& shape, double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, 0, nullptr, nullptr, nullptr, nullptr, nullptr,
-         [](const auto& c, const auto& s, auto loop, A* w) { c.moments(s, loop, w); });
+         [](const auto& c, const auto& s, auto loop, A* w) {
+           c.group_moments(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) { c.merge_groups(s, at, n); });
+         });
   }
 
   static void forward(const T* x, const GroupShape& shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, y,
          [](const auto& c, const auto& s, auto loop, A* w) {
-           c.moments(s, loop, w);
-           c.expand(s);
+           c.group_moments(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.merge_groups(s, at, n);
+             c.expand(s, at, n);
+             c.prepare(s, at, n);
+           });
            c.apply(s, loop);
          });
   }
@@ -64,9 +71,19 @@ struct Group {
     std::fill_n(by_bundle, 2 * bundles * channels, 0.0);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, by_bundle,
          by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.expand(s);
-           c.reduce(s, loop, w);
-           c.sample_backward_apply(s, loop);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.expand(s, at, n);
+             c.centre(s, at, n);
+           });
+           c.group_sums(s, loop, w);
+           c.by_channel(s, loop, [&](size_t at, size_t n) {
+             c.add_groups(s, at, n);
+             c.prepare_dx_of_samples(s, at, n);
+           });
+           if (c.span == 1)
+             c.template write_dx<ScaledDescent>(s, loop);
+           else
+             c.template write_dx<SharedDescent>(s, loop);
          });
     clear(sum_dy, sum_dy_xhat, channels);
     for (size_t b = 0; b < bundles; ++b) {

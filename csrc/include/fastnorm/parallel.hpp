@@ -16,6 +16,28 @@ enum class Order { ascending, descending };
 // parallel region and where only one task or thread is there.
 void run_tasks(std::size_t count, Task task, void* context, Order order);
 
+class Team;
+
+// One of the threads that go through the same loops together, in one parallel region. Two loops in a region cost less
+// than a region each: two passes over 1 MB in caches 10.6 us instead of 11.7.
+class Member {
+ public:
+  Member(Team* team, int worker, std::size_t members) : team_(team), worker_(worker), members_(members) {}
+  // Its share of task(context, i, worker) for i in [0, count), once every member has done with the loop before. All
+  // members call the same loops in the same order, and write what they share within loops alone.
+  void share(std::size_t count, Task task, void* context, Order order);
+  std::size_t members() const { return members_; }
+
+ private:
+  Team* team_;  // none: it is alone
+  int worker_;
+  std::size_t members_;
+  std::size_t loops_ = 0;  // it has been through
+};
+
+// Runs body(context, member) on every thread; on the calling one alone inside a parallel region.
+void run_together(void (*body)(void* context, Member& member), void* context);
+
 int num_threads();
 void set_num_threads(int count);
 

@@ -428,8 +428,10 @@ struct Row {
       SerialLoop{0}(tasks, one);
       SerialLoop{0}(strips, finish);
     } else {
-      parallel_for(tasks, one);
-      parallel_for(strips, finish);
+      together([&](auto loop) {
+        loop(tasks, one);
+        loop(strips, finish);
+      });
     }
   }
 
