@@ -127,7 +127,8 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   // Past the cache the forward fetches the next slab into L2, too: 12 channels of (50, 1024, 14, 14) 1.5 ms, 8 1.3.
   const std::size_t in_l2 = (past_cache && arrays == 1 ? caches().l2 / 5 * 2 : caches().l2 / 2) / channel_bytes;
   const std::size_t narrowest = cut.side_by_side ? ceil_div(kNarrowestSlab, shape.inner * itemsize) : 1;
-  const bool by_rows = cut.side_by_side && !plan.stream && cut.groups >= kGroupsAThread * workers;
+  const bool alike = shape.inner == 1 && shape.outer % (cut.rows * cut.per_group * workers) == 0;
+  const bool by_rows = cut.side_by_side && !plan.stream && (alike || cut.groups >= kGroupsAThread * workers);
   const bool fits_l2 = cut.fold == 1 && in_l2 >= narrowest && !by_rows;
   // A backward whose slabs of L2 would begin and end within lines is better off with wider ones from L3.
   const bool broken = past_cache && arrays == 2 && in_l2 < whole;

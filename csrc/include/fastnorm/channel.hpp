@@ -201,6 +201,7 @@ struct ChannelCall {
   template <class Loop, class F>
   void by_channel(const Slab& s, Loop loop, F f) const {
     const size_t width = s.width(), sharers = span == 1 && geometry.spread_length(1) == 1 ? loop.sharers() : 1;
+    if (sharers == 1) return loop(1, [&](size_t, int) { f(0, width); });
     const size_t part = (width + sharers * kPart - 1) / (sharers * kPart) * kPart;
     loop((width + part - 1) / part, [&](size_t i, int) { f(i * part, std::min(part, width - i * part)); });
   }
@@ -270,8 +271,8 @@ struct ChannelCall {
   // f(at, n, c): channels [at, at + n) of the slab are those from c on of one sample.
   template <class F>
   void by_sample(const Slab& s, size_t at, size_t n, F f) const {
-    for (const size_t end = at + n; at < end; at += n) {
-      const size_t c = (s.c0 + at) % channels();
+    const size_t end = at + n;
+    for (size_t c = s.c0 + at; at < end; at += n, c = 0) {
       n = std::min(channels() - c, end - at);
       f(at, n, c);
     }

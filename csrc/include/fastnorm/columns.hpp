@@ -48,11 +48,18 @@ struct Columns {
   // n values, each for `span` channels, to one a column of `fold` rows, in place; then those of the columns from the
   // first one on again, for a vector in which the last rows end and the next begin.
   void spread(A* values, size_t n, size_t span = 1) const {
-    static_assert(kPadding<A> >= 2 * kLanes<A>);
+    constexpr size_t lanes = kLanes<A>;
+    static_assert(kPadding<A> >= 3 * lanes);
     repeat_each(values, n, span * shape.inner);
-    const size_t wide = n * span * shape.inner, all = wide * cut.fold;
-    for (size_t done = wide; done < all; done *= 2) std::copy_n(values, std::min(done, all - done), values + done);
-    for (size_t c = 0; c < kLanes<A>; ++c) values[all + c] = values[c];
+    const size_t wide = n * span * shape.inner, end = wide * cut.fold + lanes;
+    size_t done = wide;
+    for (; done < lanes; done += wide)
+      for (size_t c = 0; c < wide; ++c) values[done + c] = values[c];
+    if (done == lanes) {
+      const Vector<A> all = load(values);
+      for (; done < end; done += lanes) store(values + done, all);
+    }
+    for (size_t c = 0; done + c < end; c += lanes) store(values + done + c, load(values + c));
   }
 
   // The inverse for sums: a channel's columns added up, in place.
