@@ -48,7 +48,8 @@ constexpr std::size_t kBytesBefore = std::size_t{8} << 10;
 constexpr std::size_t kFetchBytes = std::size_t{16} << 10;
 // Rows, backward: bytes up to which a row is summed while the one before it is stored past the cache. Two threads,
 // float32, against four summed, then stored: rows of 4,096 4.1 to 3.7 ms, of 16,384 4.7 to 4.1, of 32,768 the same, but
-// float64 of 16,384, whose column sums are 256 KB, 7.4 to 8.7.
+// float64 of 16,384, whose column sums are 256 KB, 7.4 to 8.7. From two lines on: the first line of the next row, which
+// it may begin within, must lie in the array.
 constexpr std::size_t kSummedRow = std::size_t{64} << 10;
 // Bytes of dy and x between the two passes over long rows; it decides the order of summation, so no cache size enters.
 constexpr std::size_t kLongBlock = std::size_t{8} << 20;
@@ -236,7 +237,7 @@ RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int 
     plan.ahead = kReadAhead;
     if (2 * plan.rows * row_bytes > caches().l3 / 2) plan.passes = 2;
   } else {
-    plan.before = plan.stream && row_bytes <= kSummedRow ? 1 : 0;
+    plan.before = plan.stream && row_bytes >= 2 * kLine && row_bytes <= kSummedRow ? 1 : 0;
     plan.rows = std::min(plan.before > 0 ? plan.before + 1 : kSweep, shape.rows);
     const std::size_t enough = shape.rows * shape.cols < kSerial ? kTaskRows : ceil_div(kTaskElements, shape.cols);
     plan.task = std::min(kTaskRows, ceil_div(std::max(ceil_div(shape.rows, 32), enough), kSweep) * kSweep);

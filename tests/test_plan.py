@@ -180,6 +180,7 @@ def test_the_backward_of_short_rows_past_the_cache_sums_the_next_row():
     assert slab(rows, 1000) == 2, "where rows end does not matter"
     assert slab(rows, 4096) == 2, "nor whether they stay in a first-level cache"
     assert slab(rows, 32768) == 4, "they would leave the second"
+    assert slab(rows * 128, 8) == 4, "they are less than two lines"
     assert slab(64, 1024) == 4, "in the cache"
 
 
