@@ -16,7 +16,7 @@ namespace {
 std::atomic<int> threads{1};
 
 void run_serially(std::size_t count, Task task, void* context, Order order) {
-  for (std::size_t i = 0; i < count; ++i) task(context, order == Order::ascending ? i : count - 1 - i, 0);
+  for (std::size_t i = 0; i < count; ++i) task(context, ordered(i, count, order), 0);
 }
 
 }  // namespace
@@ -41,9 +41,9 @@ struct alignas(64) Taken {
 void take(Taken* taken, std::size_t sharers, std::size_t count, Task task, void* context, Order order, int worker) {
   for (std::size_t i = 0; i < sharers; ++i) {
     const std::size_t share = (static_cast<std::size_t>(worker) + i) % sharers;
-    const std::size_t begin = count * share / sharers, end = count * (share + 1) / sharers;
-    for (std::size_t k; (k = taken[share].tasks.fetch_add(1, std::memory_order_relaxed)) < end - begin;) {
-      task(context, order == Order::ascending ? begin + k : end - 1 - k, worker);
+    const std::size_t begin = count * share / sharers, tasks = count * (share + 1) / sharers - begin;
+    for (std::size_t k; (k = taken[share].tasks.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      task(context, begin + ordered(k, tasks, order), worker);
     }
   }
 }

@@ -70,7 +70,7 @@ struct SerialLoop {
   size_t sharers() const { return 1; }
   template <class F>
   void operator()(size_t count, F f, Order order = Order::ascending) const {
-    for (size_t i = 0; i < count; ++i) f(order == Order::ascending ? i : count - 1 - i, worker);
+    for (size_t i = 0; i < count; ++i) f(ordered(i, count, order), worker);
   }
 };
 struct SharedLoop {

@@ -12,6 +12,11 @@ using Task = void (*)(void* context, std::size_t index, int worker);
 // is still in cache.
 enum class Order { ascending, descending };
 
+// The i-th of so many tasks in this order.
+inline std::size_t ordered(std::size_t i, std::size_t count, Order order) {
+  return order == Order::ascending ? i : count - 1 - i;
+}
+
 // Runs task(context, i, worker) for i in [0, count), worker in [0, num_threads()). Serial inside a
 // parallel region and where only one task or thread is there.
 void run_tasks(std::size_t count, Task task, void* context, Order order);
