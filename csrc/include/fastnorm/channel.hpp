@@ -273,7 +273,8 @@ struct ChannelCall {
   }
   static const A* from(const A* parameter, size_t c) { return parameter ? parameter + c : nullptr; }
 
-  // Coefficients of channels [at, at + n) as the geometry reads them.
+  // Coefficients of channels [at, at + n) as the geometry reads them. A part of a slab has one a column, and they are
+  // in place; the first ones follow the last ones, too.
   void spread(std::initializer_list<A*> of, const Slab& s, size_t at, size_t n, size_t each = 1) const {
     for (A* values : of)
       if (n == s.width())
@@ -363,6 +364,36 @@ struct ChannelCall {
           geometry.template backward_apply<Form>(dy, x, g, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
         },
         Order::descending);
+  }
+
+  // What calls are made of, on one slab: its statistics; these and y; its sums, and then(at, n) where those of channels
+  // [at, at + n) are known.
+  template <class Loop>
+  void moments(const Slab& s, Loop loop, A* workspace) const {
+    group_moments(s, loop, workspace);
+    by_channel(s, loop, [&](size_t at, size_t n) { merge_groups(s, at, n); });
+  }
+  template <class Loop>
+  void forward(const Slab& s, Loop loop, A* workspace) const {
+    group_moments(s, loop, workspace);
+    by_channel(s, loop, [&](size_t at, size_t n) {
+      merge_groups(s, at, n);
+      expand(s, at, n);
+      prepare(s, at, n);
+    });
+    apply(s, loop);
+  }
+  template <class Loop, class Then>
+  void reduce(const Slab& s, Loop loop, A* workspace, Then then) const {
+    by_channel(s, loop, [&](size_t at, size_t n) {
+      expand(s, at, n);
+      centre(s, at, n);
+    });
+    group_sums(s, loop, workspace);
+    by_channel(s, loop, [&](size_t at, size_t n) {
+      add_groups(s, at, n);
+      then(at, n);
+    });
   }
 
   // passes(call, slab, loop, workspace) runs the passes of this call on one slab. A task takes some slabs of a bundle
@@ -466,10 +497,7 @@ struct Channel {
 
   static void moments(const T* x, ChannelShape shape, double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, 0, nullptr, nullptr, nullptr, nullptr, 0, nullptr,
-         [](const auto& c, const auto& s, auto loop, A* w) {
-           c.group_moments(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) { c.merge_groups(s, at, n); });
-         });
+         [](const auto& c, const auto& s, auto loop, A* w) { c.moments(s, loop, w); });
   }
   static void apply(const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                     const void* gamma, const void* beta, T* y) {
@@ -485,28 +513,14 @@ struct Channel {
   static void forward(const T* x, ChannelShape shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, 0, y,
-         [](const auto& c, const auto& s, auto loop, A* w) {
-           c.group_moments(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.merge_groups(s, at, n);
-             c.expand(s, at, n);
-             c.prepare(s, at, n);
-           });
-           c.apply(s, loop);
-         });
+         [](const auto& c, const auto& s, auto loop, A* w) { c.forward(s, loop, w); });
   }
   static void reduce(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                      double* sum_dy, double* sum_dy_xhat) {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
-         sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.expand(s, at, n);
-             c.centre(s, at, n);
-           });
-           c.group_sums(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) { c.add_groups(s, at, n); });
-         });
+         sum_dy_xhat, 0, nullptr,
+         [](const auto& c, const auto& s, auto loop, A* w) { c.reduce(s, loop, w, [](size_t, size_t) {}); });
   }
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
                              double eps, const void* gamma, const double* sum_dy, const double* sum_dy_xhat,
@@ -526,15 +540,7 @@ struct Channel {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
          static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.expand(s, at, n);
-             c.centre(s, at, n);
-           });
-           c.group_sums(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.add_groups(s, at, n);
-             c.prepare_dx(s, at, n);
-           });
+           c.reduce(s, loop, w, [&](size_t at, size_t n) { c.prepare_dx(s, at, n); });
            c.template write_dx<ScaledDescent>(s, loop);
          });
   }

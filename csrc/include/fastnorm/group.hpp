@@ -41,24 +41,13 @@ struct Group {
 
   static void moments(const T* x, const GroupShape& shape, double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, 0, nullptr, nullptr, nullptr, nullptr, nullptr,
-         [](const auto& c, const auto& s, auto loop, A* w) {
-           c.group_moments(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) { c.merge_groups(s, at, n); });
-         });
+         [](const auto& c, const auto& s, auto loop, A* w) { c.moments(s, loop, w); });
   }
 
   static void forward(const T* x, const GroupShape& shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, y,
-         [](const auto& c, const auto& s, auto loop, A* w) {
-           c.group_moments(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.merge_groups(s, at, n);
-             c.expand(s, at, n);
-             c.prepare(s, at, n);
-           });
-           c.apply(s, loop);
-         });
+         [](const auto& c, const auto& s, auto loop, A* w) { c.forward(s, loop, w); });
   }
 
   static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
@@ -71,15 +60,7 @@ struct Group {
     std::fill_n(by_bundle, 2 * bundles * channels, 0.0);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, by_bundle,
          by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.expand(s, at, n);
-             c.centre(s, at, n);
-           });
-           c.group_sums(s, loop, w);
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.add_groups(s, at, n);
-             c.prepare_dx_of_samples(s, at, n);
-           });
+           c.reduce(s, loop, w, [&](size_t at, size_t n) { c.prepare_dx_of_samples(s, at, n); });
            if (c.span == 1)
              c.template write_dx<ScaledDescent>(s, loop);
            else
