@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from fastnorm import _collector
 
 
 class Timing(NamedTuple):
@@ -26,17 +27,6 @@ BRIEF = 0.5
 """Seconds that every call is worth."""
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], *, budget: float, least: int, most: int, brief: float = BRIEF,
     tick: Callable[[str], None] = lambda name: None,
@@ -50,7 +40,7 @@ def interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     left = budget
-    with _no_collection():
+    with _collector.paused():
         for turn in range(most):
             playing = [
                 name
@@ -84,7 +74,7 @@ def bursts(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     rounds = dict.fromkeys(calls, 0)
     clock = time.perf_counter
-    with _no_collection():
+    with _collector.paused():
         for _ in range(BURSTS):
             for name, call in calls.items():
                 tick(name)
