@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "fastnorm/moments.hpp"
 #include "fastnorm/plan.hpp"
@@ -120,21 +121,42 @@ inline void products_with_xhat(double* __restrict products, const double* __rest
   }
 }
 
-template <class A>
+// f(std::true_type) or f(std::false_type): whether a parameter is there is decided outside of the loops below. In them
+// gcc makes it the mask of a load, and one of nothing from address 0 takes 100 cycles: `apply` of (32, 1024) without
+// gamma and beta 7.3 us instead of 2.0.
+template <class F>
+inline void decided(bool flag, F f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+template <bool has_gamma, bool has_beta, class A>
 inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
                                  const double* __restrict rstd, const A* __restrict gamma, const A* __restrict beta) {
   A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict shifts = to.shift;
   for (size_t c = 0; c < n; ++c) {
     const A centre = static_cast<A>(mean[c]);
-    const double scale = rstd[c] * (gamma ? static_cast<double>(gamma[c]) : 1.0);
+    const double scale = rstd[c] * (has_gamma ? static_cast<double>(gamma[c]) : 1.0);
     const double rest = mean[c] - static_cast<double>(centre);
     centres[c] = centre;
     scales[c] = static_cast<A>(scale);
-    shifts[c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) - rest * scale);
+    shifts[c] = static_cast<A>((has_beta ? static_cast<double>(beta[c]) : 0.0) - rest * scale);
   }
 }
 
 template <class A>
+inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* rstd,
+                                 const A* gamma, const A* beta) {
+  decided(gamma != nullptr, [&](auto has_gamma) {
+    decided(beta != nullptr, [&](auto has_beta) {
+      forward_coefficients<has_gamma.value, has_beta.value>(to, n, mean, rstd, gamma, beta);
+    });
+  });
+}
+
+template <bool has_gamma, class A>
 inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
                                   const double* __restrict rstd, const A* __restrict gamma,
                                   const double* __restrict sum_dy, const double* __restrict sum_dy_xhat, double count) {
@@ -145,24 +167,39 @@ inline void backward_coefficients(const Coefficients<A>& to, size_t n, const dou
     const double slope = -rstd[c] * sum_dy_xhat[c] * share;
     const double rest = mean[c] - static_cast<double>(centre);
     centres[c] = centre;
-    scales[c] = static_cast<A>(rstd[c] * (gamma ? static_cast<double>(gamma[c]) : 1.0));
+    scales[c] = static_cast<A>(rstd[c] * (has_gamma ? static_cast<double>(gamma[c]) : 1.0));
     shifts[c] = static_cast<A>(sum_dy[c] * share + rest * slope);
     slopes[c] = static_cast<A>(slope);
   }
 }
 
+template <class A>
+inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* rstd,
+                                  const A* gamma, const double* sum_dy, const double* sum_dy_xhat, double count) {
+  decided(gamma != nullptr, [&](auto has_gamma) {
+    backward_coefficients<has_gamma.value>(to, n, mean, rstd, gamma, sum_dy, sum_dy_xhat, count);
+  });
+}
+
 // What channels that share statistics have of their own in dx, its scale; and their sums of dy and dy*xhat times gamma,
 // in place. `count` elements share a statistic: a value that has one for itself gets exactly 0.
-template <class A>
+template <bool has_gamma, class A>
 inline void weigh(A* __restrict scale, double* __restrict sum_dy, double* __restrict sum_dy_xhat, size_t n,
                   const double* __restrict rstd, const A* __restrict gamma, double count) {
   const bool alone = count <= 1.0;
   for (size_t c = 0; c < n; ++c) {
-    const double gain = gamma ? static_cast<double>(gamma[c]) : 1.0;
+    const double gain = has_gamma ? static_cast<double>(gamma[c]) : 1.0;
     sum_dy[c] *= gain;
     sum_dy_xhat[c] *= gain;
     scale[c] = static_cast<A>(alone ? 0.0 : rstd[c] * gain);
   }
+}
+
+template <class A>
+inline void weigh(A* scale, double* sum_dy, double* sum_dy_xhat, size_t n, const double* rstd, const A* gamma,
+                  double count) {
+  decided(gamma != nullptr,
+          [&](auto has_gamma) { weigh<has_gamma.value>(scale, sum_dy, sum_dy_xhat, n, rstd, gamma, count); });
 }
 
 // What they have in common, from the sums over all of them: n statistics of `span` channels, whose mean and rstd stand
