@@ -298,7 +298,7 @@ struct ChannelCall {
         Order::descending);
   }
 
-  // For `group_sums`.
+  // For `group_sums` and `write_dx`.
   void centre(const Slab& s, size_t at, size_t n) const {
     for (size_t c = at; c < at + n; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
     spread({s.k.centre}, s, at, n);
@@ -328,12 +328,12 @@ struct ChannelCall {
     });
   }
 
-  // For `write_dx`, from the sums over samples.
+  // For `write_dx`, as well as `centre`: from the sums over samples.
   void prepare_dx(const Slab& s, size_t at, size_t n) const {
     const size_t c = s.c0 + at;
     backward_coefficients(s.k.from(at), n, s.mean + at, s.rstd + at, from(gamma, c), sum_dy + c, sum_dy_xhat + c,
                           divisor);
-    spread({s.k.centre, s.k.scale, s.k.shift, s.k.slope}, s, at, n);
+    spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
 
   // With the statistics of each sample: from the slab's first row, whose sums it takes.
@@ -353,7 +353,7 @@ struct ChannelCall {
     }
     // `scale` is by channel, the others by statistic.
     spread({s.k.scale}, s, at, n);
-    spread({s.k.centre, s.k.shift, s.k.slope}, s, at, n, span);
+    spread({s.k.shift, s.k.slope}, s, at, n, span);
   }
 
   template <class Form, class Loop>
@@ -530,6 +530,7 @@ struct Channel {
          [](const auto& c, const auto& s, auto loop, A*) {
            c.by_channel(s, loop, [&](size_t at, size_t n) {
              c.expand(s, at, n);
+             c.centre(s, at, n);
              c.prepare_dx(s, at, n);
            });
            c.template write_dx<ScaledDescent>(s, loop);

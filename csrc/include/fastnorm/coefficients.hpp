@@ -44,15 +44,31 @@ inline void rstds(double* __restrict to, const double* __restrict var, size_t n,
   for (size_t i = 0; i < n; ++i) to[i] = rstd_of(var[i], eps);
 }
 
-// Each of n values `times` times, in place.
+// Each of n values `times` times, in place: from the last ones on, whole vectors by one permutation each where they are
+// made of whole values.
 template <class A>
 inline void repeat_each(A* values, size_t n, size_t times) {
+  constexpr size_t lanes = kLanes<A>;
   if (times == 1) return;
-  for (size_t i = n; i-- > 0;)
-    if (times > kLanes<A>)
-      std::fill_n(values + i * times, times, values[i]);
+  if (lanes % times != 0) {
+    for (size_t i = n; i-- > 0;)
+      if (times > lanes)
+        std::fill_n(values + i * times, times, values[i]);
+      else
+        store_part(values + i * times, broadcast(values[i]), times);
+    return;
+  }
+  const size_t each = lanes / times;  // values in a vector
+  const Indices<A> from = lane_numbers<A>() >> __builtin_ctzll(times);
+  for (size_t i = (n - 1) / each * each;; i -= each) {
+    const size_t some = std::min(each, n - i);
+    const Vector<A> repeated = __builtin_shuffle(load_part(values + i, some, Vector<A>{}), from);
+    if (some == each)
+      store(values + i * times, repeated);
     else
-      store_part(values + i * times, broadcast(values[i]), times);
+      store_part(values + i * times, repeated, some * times);
+    if (i == 0) return;
+  }
 }
 
 // The sums of `each` values after one another, n of them, in place.
@@ -160,13 +176,11 @@ template <bool has_gamma, class A>
 inline void backward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
                                   const double* __restrict rstd, const A* __restrict gamma,
                                   const double* __restrict sum_dy, const double* __restrict sum_dy_xhat, double count) {
-  A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict shifts = to.shift, * __restrict slopes = to.slope;
+  A* __restrict scales = to.scale, * __restrict shifts = to.shift, * __restrict slopes = to.slope;
   const double share = 1.0 / count;
   for (size_t c = 0; c < n; ++c) {
-    const A centre = static_cast<A>(mean[c]);
     const double slope = -rstd[c] * sum_dy_xhat[c] * share;
-    const double rest = mean[c] - static_cast<double>(centre);
-    centres[c] = centre;
+    const double rest = mean[c] - static_cast<double>(static_cast<A>(mean[c]));
     scales[c] = static_cast<A>(rstd[c] * (has_gamma ? static_cast<double>(gamma[c]) : 1.0));
     shifts[c] = static_cast<A>(sum_dy[c] * share + rest * slope);
     slopes[c] = static_cast<A>(slope);
@@ -208,14 +222,12 @@ template <class A>
 inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* __restrict mean,
                                 const double* __restrict rstds, const double* __restrict sum_g,
                                 const double* __restrict sum_g_xhat, double count) {
-  A* __restrict centres = to.centre, * __restrict shifts = to.shift, * __restrict slopes = to.slope;
+  A* __restrict shifts = to.shift, * __restrict slopes = to.slope;
   const double share = 1.0 / count;
   const bool alone = count <= 1.0;
   for (size_t i = 0; i < n; ++i) {
-    const A centre = static_cast<A>(mean[i * span]);
-    const double rest = mean[i * span] - static_cast<double>(centre);
+    const double rest = mean[i * span] - static_cast<double>(static_cast<A>(mean[i * span]));
     const double rstd = alone ? 0.0 : rstds[i * span], slope = -rstd * rstd * sum_g_xhat[i] * share;
-    centres[i] = centre;
     shifts[i] = static_cast<A>(-rstd * sum_g[i] * share - rest * slope);
     slopes[i] = static_cast<A>(slope);
   }

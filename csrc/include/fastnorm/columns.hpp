@@ -50,15 +50,16 @@ struct Columns {
   void spread(A* values, size_t n, size_t span = 1) const {
     constexpr size_t lanes = kLanes<A>;
     static_assert(kPadding<A> >= 3 * lanes);
-    repeat_each(values, n, span * shape.inner);
-    const size_t wide = n * span * shape.inner, end = wide * cut.fold + lanes;
-    size_t done = wide;
-    for (; done < lanes; done += wide)
-      for (size_t c = 0; c < wide; ++c) values[done + c] = values[c];
-    if (done == lanes) {
-      const Vector<A> all = load(values);
-      for (; done < end; done += lanes) store(values + done, all);
+    const size_t times = span * shape.inner, wide = n * times, end = wide * cut.fold + lanes;
+    if (lanes % wide == 0) {
+      const Indices<A> from = (lane_numbers<A>() & static_cast<Index<A>>(wide - 1)) >> __builtin_ctzll(times);
+      const Vector<A> all = __builtin_shuffle(load_part(values, n, Vector<A>{}), from);
+      for (size_t done = 0; done < end; done += lanes) store(values + done, all);
+      return;
     }
+    repeat_each(values, n, times);
+    size_t done = wide;
+    for (; done < lanes; done += wide) std::copy_n(values, wide, values + done);
     for (size_t c = 0; done + c < end; c += lanes) store(values + done + c, load(values + c));
   }
 
