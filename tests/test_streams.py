@@ -78,6 +78,15 @@ def test_weighted_moments_are_as_accurate_as_plain_ones(shape, axis, dtype, far,
         check_weighted(fastnorm.moments(left_out, axis, weights=weights, backend=host), x, weights, axes)
 
 
+@pytest.mark.parametrize("shape", [(6000, 4, 2), (6000, 4, 3), (64, 33, 4, 3), (1500, 4, 9), (300, 4, 70)], ids=str)
+def test_equal_weights_of_short_runs(shape, host, rng):
+    """Equal terms round all to one side: a sum must not have as many of them as there are runs."""
+    x = (3 + rng.standard_normal(shape)).astype(np.float32)
+    axes = tuple(range(len(shape) - 2)) + (len(shape) - 1,)
+    for weight in rng.random(20) + 0.1:
+        check_weighted(fastnorm.moments(x, axes, weights=np.float32(weight), backend=host), x, np.float32(weight), axes)
+
+
 @pytest.mark.parametrize(("shape", "axis"), WEIGHTED, ids=str)
 def test_weighted_moments_have_the_same_bits_for_any_number_of_threads(shape, axis, host, rng):
     axes = tuple(range(len(shape))) if axis is None else tuple(np.atleast_1d(axis).astype(int))

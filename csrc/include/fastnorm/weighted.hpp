@@ -75,17 +75,28 @@ struct Weighted {
     size_t runs, stride, weight_stride, length;
   };
 
+  // Runs that lanes sum before they are added up in float64, so that short ones do not make many terms of a lane. Equal
+  // weights round all to one side: summed whole, those of 6,000 runs of two elements were off by 450 u, of which the
+  // tolerances allow 119.
+  static constexpr size_t kTogether = 32;
+
   FASTNORM_INLINE static Sums<double> sums_around(V pivot, const Block& b) {
-    V weights[4] = {}, firsts[4] = {}, squares[4] = {};
-    for (size_t r = 0; r < b.runs; ++r) {
-      const T* x = b.x + r * b.stride;
-      const A* w = b.w + r * b.weight_stride;
-      sum_run<A>(b.length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
-        const V weight = how.load(w + i);
-        add({weights[k], firsts[k], squares[k]}, weight, deviation(weight, how.load(x + i), pivot));
-      });
+    Sums<double> sums{};
+    for (size_t first = 0; first < b.runs; first += kTogether) {
+      V weights[4] = {}, firsts[4] = {}, squares[4] = {};
+      for (size_t r = first; r < std::min(b.runs, first + kTogether); ++r) {
+        const T* x = b.x + r * b.stride;
+        const A* w = b.w + r * b.weight_stride;
+        sum_run<A>(b.length, [&](size_t i, auto how, int k) FASTNORM_INLINE_LAMBDA {
+          const V weight = how.load(w + i);
+          add({weights[k], firsts[k], squares[k]}, weight, deviation(weight, how.load(x + i), pivot));
+        });
+      }
+      sums.weight += total<A>(combined(weights));
+      sums.first += total<A>(combined(firsts));
+      sums.square += total<A>(combined(squares));
     }
-    return {total<A>(combined(weights)), total<A>(combined(firsts)), total<A>(combined(squares))};
+    return sums;
   }
 
   // The mean of those that are not left out among a few elements, the first of which is not.

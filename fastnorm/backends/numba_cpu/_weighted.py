@@ -39,6 +39,10 @@ from fastnorm.backends.numba_cpu._vectors import (
 
 Cut = tuple[int, int, int, _runs.Tiles]
 
+RUNS_TOGETHER = 32
+"""Runs that lanes sum before they are added up in float64, so that short ones do not make many terms of a lane: equal
+weights round all to one side. (csrc/include/fastnorm/weighted.hpp has a figure.)"""
+
 
 def cut(outer: int, channels: int, inner: int) -> Cut:
     """(channels of a task, chunks of a part, parts, tiles of runs)"""
@@ -83,18 +87,20 @@ def _block(x, weights, start, stride, weight_start, weight_stride, runs, length,
     for sweep in range(2):
         if sweep == 0 or more == -1.0:
             middle = spread4(x, centre)
-            sum_w, sums, squares = zero, zero, zero
-            for run in range(runs):
-                at, weight_at = start + run * stride, weight_start + run * weight_stride
-                for i in range(0, length, 4 * lanes(x)):
-                    weight = checked_weights(load4(weights, weight_at + i, length - i, zero))
-                    deviation = where_nonzero(weight, load4(x, at + i, length - i, middle) - middle)
-                    product = weight * deviation
-                    sum_w += weight
-                    sums += product
-                    squares += product * deviation
-            count, square = total(sum_w), total(squares)
-            apart = total(sums) / count if count != 0.0 else 0.0
+            count, first, square = 0.0, 0.0, 0.0
+            for upper in range(0, runs, RUNS_TOGETHER):
+                sum_w, sums, squares = zero, zero, zero
+                for run in range(upper, least(upper + RUNS_TOGETHER, runs)):
+                    at, weight_at = start + run * stride, weight_start + run * weight_stride
+                    for i in range(0, length, 4 * lanes(x)):
+                        weight = checked_weights(load4(weights, weight_at + i, length - i, zero))
+                        deviation = where_nonzero(weight, load4(x, at + i, length - i, middle) - middle)
+                        product = weight * deviation
+                        sum_w += weight
+                        sums += product
+                        squares += product * deviation
+                count, first, square = count + total(sum_w), first + total(sums), square + total(squares)
+            apart = first / count if count != 0.0 else 0.0
             mean = centre + apart
             more = centred_squares(square, count, apart)
             if sweep == 0 and not apart * apart * count <= 0.5 * square:
