@@ -91,9 +91,12 @@ def host_array(name: str, value: Any) -> Array:
         raise TypeError(f"{name}: masked arrays are not supported, got {type(value).__name__}")
     if isinstance(value, (list, tuple)) and value and _device.of_a_library(value[0]):
         raise TypeError(f"{name}: expected one array, got a {type(value).__name__} of {kind(value[0])}")
-    if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
+    if not isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
+        raise TypeError(f"{name}: expected a NumPy array, got {kind(value)}")
+    try:
         return np.asarray(value)
-    raise TypeError(f"{name}: expected a NumPy array, got {kind(value)}")
+    except ValueError as problem:  # lists of different lengths
+        raise ValueError(f"{name}: expected what makes up one array, got a {type(value).__name__}: {problem}") from None
 
 
 def kind(value: Any) -> str:

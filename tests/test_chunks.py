@@ -183,6 +183,39 @@ def test_what_a_list_means(rng):
     assert isinstance(fastnorm.batchnorm_forward([rows, rows], None, None)[0], list)
 
 
+def test_chunks_of_images_under_cs231ns_name(backend, rng):
+    x, dout = rng.standard_normal((2, 9, 6, 3, 3))
+    gamma, beta = rng.standard_normal((2, 6))
+    expected, theirs = fastnorm.spatial_batchnorm_forward(x, gamma, beta, backend=backend)
+    y, cache = fastnorm.spatial_batchnorm_forward(_cut(x, "ragged"), gamma, beta, backend=backend)
+    np.testing.assert_allclose(np.concatenate(y), expected, rtol=1e-12, atol=1e-13)
+    dx, *sums = fastnorm.spatial_batchnorm_backward(_cut(dout, "ragged"), cache, backend=backend)
+    expected_dx, *expected_sums = fastnorm.spatial_batchnorm_backward(dout, theirs, backend=backend)
+    np.testing.assert_allclose(np.concatenate(dx), expected_dx, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(sums, expected_sums, rtol=1e-11, atol=1e-12)
+    # Single images are no chunks, and are not taken for batches of C rows.
+    with pytest.raises(ValueError, match=r"^x\[0\]: expected 4 dimensions .* got shape \(6, 3, 3\)"):
+        fastnorm.spatial_batchnorm_forward(list(x), None, None, backend=backend)
+
+
+@pytest.mark.parametrize("rule", [{}, {"convention": "pytorch"}, {"momentum": None}, {"average": 0.9}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_chunk_keeps_the_whole_batch_out(bad, rule, backend, rng):
+    average = {"average": fastnorm.ExponentialMovingAverage(rule["average"])} if "average" in rule else {}
+    param = {"skip_nonfinite": True} | rule | average
+    x = rng.standard_normal((9, 3)).astype(np.float32)
+    fastnorm.batchnorm_forward(_cut(x, "ragged"), None, None, param, backend=backend)
+    before = dict(param)
+    poisoned = x.copy()
+    poisoned[8, 1] = bad  # in the last chunk
+    y, _ = fastnorm.batchnorm_forward(_cut(poisoned, "ragged"), None, None, param, backend=backend)
+    assert np.isnan(np.concatenate(y)[:, 1]).any()
+    assert param.keys() == before.keys()
+    assert all(param[key] is before[key] for key in param)
+    fastnorm.batchnorm_forward(_cut(x + 1, "ragged"), None, None, param, backend=backend)
+    assert (param["running_mean"] > before["running_mean"]).all()
+
+
 A, B = np.ones((4, 3)), np.zeros((2, 3))
 _shared = np.zeros((8, 3))
 

@@ -259,22 +259,41 @@ def batchnorm_backward_apply(
 _PIECES = _chunks.Pieces(batchnorm_forward, batchnorm_backward, batchnorm_backward_reduce, batchnorm_backward_apply)
 
 
+@overload
+def spatial_batchnorm_forward(
+    x: list[Array] | tuple[Array, ...], gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
+    axis: int = 1, out: Sequence[Array] | None = None, backend: str | None = None,
+) -> tuple[list[Array], ChunksCache]: ...  # fmt: skip
+@overload
 def spatial_batchnorm_forward(
     x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
     axis: int = 1, out: Array | None = None, backend: str | None = None,
-) -> tuple[Array, Cache]:  # fmt: skip
-    """`batchnorm_forward` for images, CS231n's name: x of (N, C, H, W), or (N, H, W, C) with axis=-1.
+) -> tuple[Array, Cache]: ...  # fmt: skip
+def spatial_batchnorm_forward(
+    x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any] | None = None, *,
+    axis: int = 1, out: Any = None, backend: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """`batchnorm_forward` for images, CS231n's name: x of (N, C, H, W), or (N, H, W, C) with axis=-1, or their chunks.
 
-    Raises ValueError where x does not have 4 dimensions.
+    Raises ValueError where x, or the first of its chunks, does not have 4 dimensions.
     """
-    shape = _layout.as_array("x", x).shape
+    name, images = ("x[0]", x[0]) if _chunks.is_chunks(x) else ("x", x)
+    shape = _layout.as_array(name, images).shape
     if len(shape) != 4:
-        raise ValueError(f"x: expected 4 dimensions (N, C, H, W), got shape {shape}")
+        raise ValueError(f"{name}: expected 4 dimensions (N, C, H, W), got shape {shape}")
     return batchnorm_forward(x, gamma, beta, bn_param, axis=axis, out=out, backend=backend)
 
 
+@overload
+def spatial_batchnorm_backward(
+    dout: Any, cache: ChunksCache, *, out: Sequence[Array] | None = None, backend: str | None = None
+) -> tuple[list[Array], Array | None, Array | None]: ...
+@overload
 def spatial_batchnorm_backward(
     dout: Any, cache: Cache, *, out: Array | None = None, backend: str | None = None
-) -> tuple[Array, Array | None, Array | None]:
+) -> tuple[Array, Array | None, Array | None]: ...
+def spatial_batchnorm_backward(
+    dout: Any, cache: Cache | ChunksCache, *, out: Any = None, backend: str | None = None
+) -> tuple[Any, Array | None, Array | None]:
     """`batchnorm_backward` under CS231n's name for images."""
     return batchnorm_backward(dout, cache, out=out, backend=backend)
