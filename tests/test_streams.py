@@ -82,7 +82,7 @@ def test_weighted_moments_are_as_accurate_as_plain_ones(shape, axis, dtype, far,
 def test_equal_weights_of_short_runs(shape, host, rng):
     """Equal terms round all to one side: a sum must not have as many of them as there are runs."""
     x = (3 + rng.standard_normal(shape)).astype(np.float32)
-    axes = tuple(range(len(shape) - 2)) + (len(shape) - 1,)
+    axes = tuple(axis for axis in range(len(shape)) if axis != len(shape) - 2)
     for weight in rng.random(20) + 0.1:
         check_weighted(fastnorm.moments(x, axes, weights=np.float32(weight), backend=host), x, np.float32(weight), axes)
 
