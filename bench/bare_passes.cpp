@@ -13,12 +13,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <type_traits>
 
 namespace {
 
 using Vector = __m512;
 constexpr std::size_t kLanes = 16, kColumns = 1024, kTogether = 8, kPadded = kColumns + 5 * kLanes;
+// From the end of an array to the next one, so that they begin at different places of a page.
+constexpr std::size_t kApart = 21 * kLanes;
 
 // Best of a tenth of a second, in us.
 template <class F>
@@ -136,14 +139,17 @@ int main() {
               "one thread");
   std::printf("%8s %-8s | %8s %8s %5s %8s %5s | %8s %8s %5s %8s %5s\n", "KB", "", "floor", "run", "share", "columns",
               "share", "floor", "run", "share", "columns", "share");
+  std::mt19937 random;
+  std::normal_distribution<float> normal;
   for (std::size_t n = std::size_t{1} << 14; n <= std::size_t{1} << 22; n *= 2) {
+    float* const memory = static_cast<float*>(std::aligned_alloc(4096, 3 * (n + kApart) * sizeof(float)));
     float* arrays[3];
-    for (float*& array : arrays) {
-      array = static_cast<float*>(std::aligned_alloc(4096, n * sizeof(float)));
-      std::fill_n(array, n, 1.0f);
+    for (std::size_t i = 0; i < 3; ++i) {
+      arrays[i] = memory + i * (n + kApart);
+      std::generate_n(arrays[i], n, [&] { return normal(random); });
     }
     measure<false>(arrays[0], arrays[1], arrays[2], n);
     measure<true>(arrays[0], arrays[1], arrays[2], n);
-    for (float* array : arrays) std::free(array);
+    std::free(memory);
   }
 }
