@@ -35,9 +35,11 @@ FEWER_SHAPES = (
 """For the ops on kernels that others have been through, and for groups."""
 SHAPES_OF = {op: SHAPES if op in ("batchnorm", "layernorm") else FEWER_SHAPES for op in OPS}
 
-FAMILIES = ("batchnorm", "groupnorm", "layernorm")
-"""An op of each family. The others differ from these in an option of the same calls."""
-DTYPES_OF = {op: DTYPES if op in ("batchnorm", "layernorm") else ("float32",) for op in OPS}
+DTYPES_OF = {
+    "batchnorm": DTYPES, "layernorm": DTYPES, "groupnorm": ("float16", "float32"),
+    "instancenorm": ("bfloat16", "float32"), "rmsnorm": ("float16", "float32"),
+}  # fmt: skip
+"""For layouts and hostile values: all of them, and float32 and a half of the ops on kernels that others go through."""
 
 AXES = (
     ((4, 5), 0), ((4, 5), -1), ((3, 4, 5), 0), ((3, 4, 5), 2), ((2, 3, 4, 5), -1), ((2, 3, 4, 5), 2),

@@ -10,7 +10,6 @@ from cases import (
     ARRANGEMENTS,
     AXES_OF,
     DTYPES_OF,
-    FAMILIES,
     OPS,
     SHAPES_OF,
     WRITABLE,
@@ -29,10 +28,7 @@ import fastnorm
 from fastnorm.bench.cases import DTYPES
 
 ops = pytest.mark.parametrize("op", OPS)
-families = pytest.mark.parametrize("op", FAMILIES)
-families_and_dtypes = pytest.mark.parametrize(
-    ("op", "dtype"), [(op, each) for op in FAMILIES for each in DTYPES_OF[op]]
-)
+ops_and_dtypes = pytest.mark.parametrize(("op", "dtype"), [(op, each) for op in OPS for each in DTYPES_OF[op]])
 
 
 @pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in OPS for shape in SHAPES_OF[op]], ids=str)
@@ -49,7 +45,7 @@ def test_axes(op, shape, axis, backend):
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@families_and_dtypes
+@ops_and_dtypes
 def test_layouts(op, dtype, arrangement, backend):
     for shape in ((19, 37), (3, 5, 7), (2, 5, 4, 3)):
         this = case(op, shape, dtype=dtype)
@@ -64,7 +60,7 @@ def test_layouts(op, dtype, arrangement, backend):
             np.testing.assert_array_equal(before, (inputs.x, inputs.dout))
 
 
-@families
+@ops
 def test_layouts_of_x_and_dout_mixed(op, backend):
     this = case(op, (4, 5, 3))
     for of_x, of_dout in itertools.product(ARRANGEMENTS, ARRANGEMENTS):
@@ -72,7 +68,7 @@ def test_layouts_of_x_and_dout_mixed(op, backend):
         check_all(truth(this, *inputs), fused(this, inputs, backend))
 
 
-@families
+@ops
 def test_the_result_has_the_layout_of_x(op, backend):
     this = case(op, (4, 6, 5, 3))
     for name, arrange in ARRANGEMENTS.items():
@@ -83,7 +79,7 @@ def test_the_result_has_the_layout_of_x(op, backend):
 
 
 @pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "int64", "uint64", "bool"])
-@families
+@ops
 def test_integers_and_bools_become_float64(op, kind, backend, rng):
     this = case(op, (9, 10), dtype="float64")
     x, dout = rng.integers(0, 2 if kind == "bool" else 100, (2, 9, 10)).astype(kind)
@@ -94,7 +90,7 @@ def test_integers_and_bools_become_float64(op, kind, backend, rng):
 
 
 @pytest.mark.parametrize(("of_x", "of_dout"), list(itertools.permutations(DTYPES, 2)))
-@families
+@ops
 def test_dtypes_of_x_and_dout_mixed(op, of_x, of_dout, backend):
     this = case(op, (7, 11), dtype=of_x)
     inputs = this.inputs()._replace(dout=case(op, (7, 11), dtype=of_dout).inputs().dout)
@@ -149,7 +145,7 @@ def test_parameters_of_any_fitting_shape_and_dtype(op, shape, parameter, kind, b
 
 
 @pytest.mark.parametrize("of_out", WRITABLE)
-@families_and_dtypes
+@ops_and_dtypes
 def test_out(op, dtype, of_out, backend):
     this = case(op, (6, 9, 4), dtype=dtype)
     for of_x in ("C", "channels-last", "gaps"):

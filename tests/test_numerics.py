@@ -6,16 +6,17 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from cases import DTYPES_OF, FAMILIES, OPS, Inputs, case, check_all, check_moments, fused, standard, storage, truth
+from cases import DTYPES_OF, OPS, Inputs, case, check_all, check_moments, fused, standard, storage, truth
 
 import fastnorm
 from fastnorm.bench.cases import DTYPES, dtype_of
 from fastnorm.bench.tolerances import roundoff
 
 ops = pytest.mark.parametrize("op", OPS)
-families = pytest.mark.parametrize("op", FAMILIES)
-families_and_dtypes = pytest.mark.parametrize(
-    ("op", "dtype"), [(op, each) for op in FAMILIES for each in DTYPES_OF[op]]
+centred = pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.centred])
+ops_and_dtypes = pytest.mark.parametrize(("op", "dtype"), [(op, each) for op in OPS for each in DTYPES_OF[op]])
+centred_and_dtypes = pytest.mark.parametrize(
+    ("op", "dtype"), [(name, each) for name, op in OPS.items() if op.centred for each in DTYPES_OF[name]]
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -31,7 +32,7 @@ def _far_from_zero(op, shape, dtype, ratio):
 @pytest.mark.parametrize("ratio", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(1024, 5), (5, 1024), (4099, 33), (33, 4099), (2, 3, 300, 7)], ids=str)
-@families
+@ops
 def test_the_error_does_not_grow_with_mean_over_spread(op, shape, dtype, ratio, backend):
     """The tolerances know the spread only, apart from the rounding of a float64 mean."""
     this, inputs, expected = _far_from_zero(op, shape, dtype, ratio)
@@ -40,10 +41,10 @@ def test_the_error_does_not_grow_with_mean_over_spread(op, shape, dtype, ratio, 
 
 
 @pytest.mark.parametrize("drift", [0.0, 1e3, 1e6])
-@families
+@ops
 def test_means_that_differ_between_blocks(op, drift, backend, rng):
     """Blocks merged by Chan's rule must not lose the distance between their means."""
-    shape, axis = {"batchnorm": ((200_000, 3), 0), "layernorm": ((3, 200_000), 1), "groupnorm": ((2, 4, 75_000), 2)}[op]
+    shape, axis = {"channel": ((200_000, 3), 0), "row": ((3, 200_000), 1), "group": ((2, 4, 75_000), 2)}[OPS[op].family]
     this = case(op, shape)
     along = np.linspace(0, drift, shape[axis]).reshape([-1 if each == axis else 1 for each in range(len(shape))])
     inputs = this.inputs()._replace(x=(along + rng.standard_normal(shape)).astype(np.float32))
@@ -52,12 +53,12 @@ def test_means_that_differ_between_blocks(op, drift, backend, rng):
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("shape", [(4099, 33), (33, 4099), (9000, 3), (16, 6, 7, 7), (2, 3, 300, 7)], ids=str)
-@families
+@ops
 def test_first_elements_far_from_the_rest(op, shape, far, backend, rng):
     """A kernel that looks at a block's first elements for a pivot must not trust them."""
     this = case(op, shape)
     x = rng.standard_normal(shape)
-    if op == "layernorm":
+    if OPS[op].family == "row":
         x[..., :16] += far
     elif len(shape) == 2:
         x[:8] += far
@@ -75,7 +76,7 @@ CONSTANTS = (0.0, -0.0, 1.0, 0.1, -3.7, 1e4 + 1 / 3, 6e-5)
 @pytest.mark.parametrize(
     "shape", [(1, 4), (2, 3), (7, 4), (17, 33), (1000, 3), (4099, 5), (150_000, 2), (2, 5, 8, 8)], ids=str
 )
-@families_and_dtypes
+@centred_and_dtypes
 def test_constants_give_exactly_beta(op, dtype, shape, eps, backend):
     this = case(op, shape if op == "batchnorm" else shape[::-1], dtype=dtype)
     _, gamma, beta, dout = this.inputs()
@@ -102,7 +103,7 @@ def test_constants_give_exactly_beta(op, dtype, shape, eps, backend):
     np.testing.assert_array_equal(found.var, np.zeros_like(found.var))
 
 
-@families_and_dtypes
+@centred_and_dtypes
 def test_one_value_per_statistic_gives_beta_and_no_gradient(op, dtype, backend):
     this, inputs, expected = standard(op, (1, 6) if op == "batchnorm" else (6, 1), dtype=dtype)
     results = fused(this, inputs, backend)
@@ -111,27 +112,41 @@ def test_one_value_per_statistic_gives_beta_and_no_gradient(op, dtype, backend):
     check_all(expected, results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1), (3, 2), (4, 7), (33, 17), (3, 1000), (5, 4099), (2, 150_000)], ids=str)
+def test_constants_without_centring_give_their_sign(shape, dtype, backend):
+    """Times gamma; 0 gives 0."""
+    this = case("rmsnorm", shape, dtype=dtype)
+    _, *others = this.inputs()
+    inputs = Inputs(np.broadcast_to(np.resize(CONSTANTS, (shape[0], 1)), shape).astype(dtype_of(dtype)), *others)
+    for eps in (1e-5, 0.0):
+        check_all(truth(this, *inputs, eps=eps), fused(this, inputs, backend, eps=eps))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(5, 7), (100, 64), (64, 300), (2, 6, 5, 5)], ids=str)
-@families_and_dtypes
+@ops_and_dtypes
 def test_nan_and_inf_in_x_stay_where_they_are(op, dtype, shape, bad, backend):
     this = case(op, shape, dtype=dtype)
     inputs = this.inputs()
     x = inputs.x.copy()
     x[1, 2] = bad
     clean, dirty = fused(this, inputs, backend), fused(this, inputs._replace(x=x), backend)
-    # The channel, group or sample that holds the bad value is all NaN, the others are bit for bit as before.
-    group = _group_of_channel_2(this)
-    here = {"batchnorm": (slice(None), 2), "groupnorm": (1, group), "layernorm": (1,)}[op]
+    # The channel, group or sample that holds the bad value is all NaN, the others are bit for bit as before. Without
+    # centring an infinite sample has the factor 0, and its finite values give 0.
+    group, zero = _group_of_channel_2(this), not this.op.centred and np.isinf(bad)
+    here = {"channel": (slice(None), 2), "group": (1, group), "row": (1,)}[this.op.family]
     for name in ("y", "dx"):
         got = dirty[name].astype(np.float64)
-        assert np.isnan(got[here]).all(), name
+        lost = ~np.isfinite(x[here]) if zero and name == "y" else np.ones_like(got[here], bool)
+        np.testing.assert_array_equal(got[here], np.where(lost, np.nan, 0.0), name)
         got[here] = 0
         expected = clean[name].astype(np.float64)
         expected[here] = 0
         np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(dirty["dbeta"], clean["dbeta"])
-    bad_sums = {"batchnorm": 2, "groupnorm": group, "layernorm": ...}[op]
+    if this.op.centred:
+        np.testing.assert_array_equal(dirty["dbeta"], clean["dbeta"])
+    bad_sums = {"channel": 2, "group": group, "row": 2 if zero else ...}[this.op.family]
     np.testing.assert_array_equal(np.isnan(dirty["dgamma"]), _true_at(bad_sums, dirty["dgamma"].shape))
 
 
@@ -146,7 +161,7 @@ def _group_of_channel_2(case):
     return slice(2 // width * width, (2 // width + 1) * width)
 
 
-@families_and_dtypes
+@ops_and_dtypes
 def test_nan_in_dout_stays_where_it_is(op, dtype, backend):
     this = case(op, (6, 40), dtype=dtype)
     inputs = this.inputs()
@@ -154,9 +169,9 @@ def test_nan_in_dout_stays_where_it_is(op, dtype, backend):
     dout[1, 2] = np.nan
     results = fused(this, inputs._replace(dout=dout), backend)
     bad = np.isnan(results["dx"].astype(np.float64))
-    here = {"batchnorm": (slice(None), 2), "groupnorm": (1, _group_of_channel_2(this)), "layernorm": 1}[op]
+    here = {"channel": (slice(None), 2), "group": (1, _group_of_channel_2(this)), "row": 1}[this.op.family]
     np.testing.assert_array_equal(bad, _true_at(here, bad.shape))
-    for name in ("dgamma", "dbeta"):
+    for name in results.keys() & {"dgamma", "dbeta"}:
         assert np.flatnonzero(np.isnan(results[name])).tolist() == [2]
 
 
@@ -228,7 +243,7 @@ def test_extreme_numbers_give_no_nan(op, value, backend, rng):
     assert (found.var >= 0).all()
 
 
-@families_and_dtypes
+@centred_and_dtypes
 def test_var_is_never_negative(op, dtype, backend, rng):
     stored = dtype_of(dtype)
     for base in (0.0, 1.0, 1000.0, 60000.0):
