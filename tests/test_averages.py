@@ -196,6 +196,22 @@ def test_pytorchs_convention_for_instances(momentum, backend, rng):
             np.testing.assert_allclose(staged[key], param[key], rtol=1e-12)
 
 
+def test_the_cumulative_average_of_instances(backend, rng):
+    """The mean of all batches, where PyTorch's layer takes None for a momentum of 0 and stays where it was."""
+    torch = pytest.importorskip("torch", reason="compares with PyTorch's layers")
+    layer = torch.nn.InstanceNorm1d(CHANNELS, track_running_stats=True, momentum=None, dtype=torch.float64)
+    param = {"momentum": None, "running_mean": np.zeros(CHANNELS), "running_var": np.ones(CHANNELS)}
+    batches = _batches(rng, SHAPES[1])
+    for x in batches:
+        layer(torch.from_numpy(x))
+        fastnorm.instancenorm_forward(x, None, None, param, backend=backend)
+    np.testing.assert_allclose(param["running_mean"], np.mean([x.mean(axis=(0, 2)) for x in batches], 0), rtol=1e-12)
+    expected = np.mean([x.var(axis=2).mean(axis=0) for x in batches], 0)
+    np.testing.assert_allclose(param["running_var"], expected, rtol=1e-12)
+    assert param["num_batches_tracked"] == len(batches)
+    np.testing.assert_array_equal(layer.running_mean.numpy(), np.zeros(CHANNELS))  # the day this fails, docs change
+
+
 def test_a_pytorch_layer_goes_on_here(rng):
     torch = pytest.importorskip("torch", reason="compares with PyTorch's layers")
     layer = torch.nn.BatchNorm1d(CHANNELS, momentum=None, affine=False, dtype=torch.float64)
@@ -353,6 +369,25 @@ def test_skip_nonfinite_keeps_the_whole_batch_out(dtype, bad, rule, backend, rng
     for key in KEYS:
         np.testing.assert_array_equal(param[key], reference[key])
     assert param.get("num_batches_tracked") == reference.get("num_batches_tracked")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("forward", [fastnorm.instancenorm_forward, fastnorm.instancenorm_forward_staged])
+def test_skip_nonfinite_of_instances(forward, bad, rule, backend, rng):
+    """One bad value in one sample keeps the batch out; the other samples' outputs are as ever."""
+    options = {} if forward is fastnorm.instancenorm_forward_staged else {"backend": backend}
+    param = _param(rule, skip_nonfinite=True, running_mean=np.zeros(CHANNELS), running_var=np.ones(CHANNELS))
+    good = _batches(rng, SHAPES[2], dtype="float32")
+    forward(good[0], None, None, param, **options)
+    before = _snapshot(param)
+    poisoned = good[1].copy()
+    poisoned[1, 2, 0, 0] = bad
+    y, _ = forward(poisoned, None, None, param, **options)
+    np.testing.assert_array_equal(np.argwhere(np.isnan(y).any(axis=(2, 3))), [[1, 2]])
+    _assert_same(param, before)
+    forward(good[2], None, None, param, **options)
+    assert (param["running_mean"] != before["running_mean"]).all()
 
 
 def test_without_skip_nonfinite_one_channel_is_poisoned(backend, rng):
