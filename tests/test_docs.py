@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,20 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def _signature(function):
+    """As a page writes it: without types."""
+    found = inspect.signature(function)
+    parameters = [each.replace(annotation=each.empty) for each in found.parameters.values() if each.name != "self"]
+    return str(found.replace(parameters=parameters, return_annotation=found.empty))
+
+
+def test_operations_page_has_every_public_function_with_its_signature():
+    page = (ROOT / "docs/operations.md").read_text()
+    for name, signature in re.findall(r"`([\w.]+)(\(.*?\))`", page):
+        assert signature == _signature(attrgetter(name)(fastnorm)), name
+    assert set(fastnorm.__all__) <= set(re.findall(r"`(\w+)", page))
 
 
 def test_experiments_page_has_the_figures_of_the_last_run():
