@@ -47,7 +47,7 @@ constexpr std::size_t kBytesBefore = std::size_t{8} << 10;
 // Bytes from a row being written to the one being fetched, at least. On one core: (16384, 1024) 3.8 to 3.2 ms.
 constexpr std::size_t kFetchBytes = std::size_t{16} << 10;
 // Rows, backward: bytes up to which a row is summed while the one before it is stored past the cache. Two threads,
-// float32, against four summed, then stored: rows of 4,096 4.1 to 3.7 ms, of 16,384 4.7 to 4.1, of 32,768 the same, but
+// float32, against four summed, then stored: rows of 4,096 4.7 to 4.3 ms, of 16,384 4.6 to 4.2, of 32,768 the same, but
 // float64 of 16,384, whose column sums are 256 KB, 7.4 to 8.7. From two lines on: the first line of the next row, which
 // it may begin within, must lie in the array.
 constexpr std::size_t kSummedRow = std::size_t{64} << 10;
