@@ -15,7 +15,7 @@ import pytest
 
 import fastnorm
 from fastnorm import __main__
-from fastnorm.bench import check, cli, dropout, machine, measure, plot, roof, target_tables, targets
+from fastnorm.bench import check, cli, dropout, machine, measure, pieces, plot, roof, target_tables, targets
 from fastnorm.bench.cases import DIRECTIONS, DROPOUT, DTYPES, OPS, Case, Entry, dtype_of, target_entries
 from fastnorm.bench.peers import PEERS
 from fastnorm.bench.run import Report, Row, Section, fill
@@ -414,6 +414,42 @@ def test_a_wrong_dropout_is_an_exit_status(broken, tmp_path, monkeypatch):
         str(tmp_path / "x"),
     ]
     assert __main__.main(command) == 1
+
+
+def _pieces(tmp_path, *arguments):
+    command = ["bench", "--op", "moments,weighted,normalize,chunks", "--size", "1", "--quick", "--no-plot"]
+    status = __main__.main([*command, "--output", str(tmp_path / "x"), *arguments])
+    return status, Report.from_dict(json.loads((tmp_path / "x.json").read_text()))
+
+
+def test_pieces_are_checked_and_timed_beside_the_rest(tmp_path, capsys):
+    status, report = _pieces(tmp_path)
+    assert status == 0
+    arrays = [("moments", 1), ("weighted", 1), ("normalize", 2), ("chunks", 2), ("chunks", 3)]
+    assert [(each.op, each.bytes_moved // each.nbytes) for each in report.pieces] == arrays
+    for each in report.pieces:
+        known = {info.name for info in fastnorm.backends() if info.available}
+        assert {row.backend for row in each.rows} == known - ({"cuda"} if each.op == "weighted" else set())
+        assert all(row.correct and row.tolerance < 1e-4 and row.share_of_floor > 0 for row in each.rows)
+    assert "chunks ND 96x1024 float32 (0 MB), backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["moments", "normalize", "batchnorm_forward", "batchnorm_backward"])
+def test_a_wrong_piece_is_an_exit_status(broken, tmp_path, monkeypatch):
+    right = getattr(pieces.fastnorm, broken)
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        if options["backend"] == "cpp":
+            (result if broken == "normalize" else result[0][1] if broken[0] == "b" else result.var)[1] += 0.01
+        return result
+
+    monkeypatch.setattr(pieces.fastnorm, broken, wrong)
+    status, report = _pieces(tmp_path, "--backend", "cpp")
+    assert status == 1
+    assert {each.op for each in report.pieces if not each.rows[0].correct} >= {
+        "moments": {"moments", "weighted"}, "normalize": {"normalize"}
+    }.get(broken, {"chunks"})  # fmt: skip
 
 
 def test_a_peers_dropout_has_a_mask_of_its_own():

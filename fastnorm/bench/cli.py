@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fastnorm
-from fastnorm.bench import dropout, measure, plot, run, table, target_tables, targets
+from fastnorm.bench import dropout, measure, pieces, plot, run, table, target_tables, targets
 from fastnorm.bench.cases import DTYPES, OPS, dtype_of, report_cases, target_entries
 from fastnorm.bench.peers import EVERYDAY
 from fastnorm.bench.variants import variants
 
-NAMES = (*OPS, dropout.NAME)
+NAMES = (*OPS, dropout.NAME, *pieces.NAMES)
 SIZE, QUICK_SIZE = 256, 32
 LIMIT, QUICK_LIMIT = 70.0, 15.0
 """Seconds that it should take; on a slow machine as long as checks and three rounds take."""
-DROPOUT, QUICK_DROPOUT = 2.0, 0.5
-"""Seconds of timed rounds for each direction of dropout, which comes after the rest."""
+BESIDE, QUICK_BESIDE = 2.0, 0.5
+"""Seconds of timed rounds for each direction of dropout and for each piece, which come after the rest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,13 +89,15 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return _targets(parser, options, backends)
     names = options.op or NAMES
     ops = tuple(name for name in names if name in OPS)
-    # Where dropout is alone, its array is as large as that of any other row.
+    # Where no normalization is among them, arrays are as large as beside one.
     size = _fitting(options.size or (QUICK_SIZE if options.quick else SIZE), ops or ("layernorm",), dtypes)
     cases = [case for dtype in dtypes for case in report_cases(size, ops, dtype)]
     chosen = variants(backends, with_peers=EVERYDAY if options.peers else ())
     report = run.run(cases, chosen, limit=QUICK_LIMIT if options.quick else LIMIT)
+    seconds = QUICK_BESIDE if options.quick else BESIDE
     if dropout.NAME in names:
-        dropout.add_to(report, size, dtypes, chosen, seconds=QUICK_DROPOUT if options.quick else DROPOUT)
+        dropout.add_to(report, size, dtypes, chosen, seconds=seconds)
+    pieces.add_to(report, size, dtypes, names, chosen, seconds=seconds)
     return _finish(options, report, table.render(report), plot.draw)
 
 
@@ -125,7 +127,7 @@ def _write(
 ) -> list[Path]:
     figures = options.output.with_name(options.output.name + ".json")
     figures.write_text(json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
-    if options.no_plot or not report.sections:  # dropout alone is no picture
+    if options.no_plot or not report.sections:  # what stands beside the normalizations is no picture
         return [figures]
     try:
         return [figures, *draw(report, options.output)]

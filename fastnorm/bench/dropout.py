@@ -14,10 +14,10 @@ import numpy as np
 
 import fastnorm
 from fastnorm.backends import Array
-from fastnorm.bench import measure, roof
+from fastnorm.bench import roof
 from fastnorm.bench.cases import DIRECTIONS, DROPOUT, MEGABYTE, Direction, Inputs, dtype_of
 from fastnorm.bench.progress import Progress
-from fastnorm.bench.run import LEAST_ROUNDS, LONG, MOST_ROUNDS, Report, Row, Section, fill
+from fastnorm.bench.run import Report, Row, Section, beside
 from fastnorm.bench.variants import Variant
 
 NAME = DROPOUT.name
@@ -122,22 +122,9 @@ def _section(
 ) -> Section:
     section = Section(NAME, "ND", x.shape, dtype, x.nbytes, direction, bytes_moved=2 * x.nbytes)
     nothing = np.empty(0, x.dtype)
-    calls: dict[str, Callable[[], Any]] = {"floor": roof.floor(Inputs(x, nothing, nothing, x), out, "forward")}
-    for variant in variants:
-        row = Row(variant.label, variant.name, variant.backend)
-        section.rows.append(row)
-        bound = {label: bind(variant, x, direction, out if reuse else None) for label, reuse in variant.labels.items()}
-        if not variant.numpy_only:
-            bound[variant.label]()  # what a first call sets up is no memory of the op
-        out.fill(0)
-        result, memory, first = measure.with_memory(bound[variant.label])
-        row.extra_bytes_traced, row.extra_bytes_resident = memory
-        row.extra_memory = memory.peak / x.nbytes
-        row.error, row.tolerance = error(variant, x, result), 0.0
-        row.correct = row.error <= row.tolerance
-        if variant.numpy_only and first > LONG:
-            row.best, row.median, row.rounds = measure.Timing.of([first])
-        else:
-            calls |= bound
-    fill(section, measure.interleaved(calls, budget=seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS))
-    return section
+    bound = {
+        variant: {label: bind(variant, x, direction, out if reuse else None) for label, reuse in variant.labels.items()}
+        for variant in variants
+    }
+    floor = roof.floor(Inputs(x, nothing, nothing, x), out, "forward")
+    return beside(section, bound, floor, lambda variant, got: error(variant, x, got), 0.0, out, seconds=seconds)

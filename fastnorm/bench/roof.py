@@ -70,6 +70,12 @@ def floor(inputs: Inputs, out: Array, direction: Direction) -> Callable[[], Any]
     return (lambda: np.add(x, dout, out=target)) if core is None else (lambda: core.stream_add(x, dout, target))
 
 
+def reading(x: Array) -> Callable[[], Any]:
+    """A call that reads x and writes nothing: the floor of statistics."""
+    core, words = _core(), _words(x)
+    return (lambda: np.max(words)) if core is None else (lambda: core.stream_read(words))
+
+
 def plan_floor(inputs: Inputs, out: Array, direction: Direction, moved: Traffic) -> Callable[[], Any]:
     """The floor with the reads that a plan does beyond one pass, ahead of it."""
     core = _core()

@@ -118,11 +118,13 @@ class Report:
     sections: list[Section]
     dropout: list[Section] = field(default_factory=list)
     """What fastnorm/bench/dropout.py measured."""
+    pieces: list[Section] = field(default_factory=list)
+    """What fastnorm/bench/pieces.py measured."""
 
     @property
     def correct(self) -> bool:
         """Whether every result of fastnorm is right; a peer's error is shown but is not ours."""
-        sections = (*self.sections, *self.dropout)
+        sections = (*self.sections, *self.dropout, *self.pieces)
         return all(row.correct or row.name in PEERS for section in sections for row in section.rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class Report:
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
         """Back from JSON."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        for key in ("sections", "dropout"):
+        for key in ("sections", "dropout", "pieces"):
             known[key] = [_section_from(section) for section in values.get(key, [])]
         return cls(**known)
 
@@ -284,6 +286,35 @@ def _checked(
         row.best, row.median, row.rounds = measure.Timing.of([seconds])
         return {}
     return {label: each.run for label, each in bound.items()}
+
+
+def beside(
+    section: Section, bound: Mapping[Variant, Mapping[str, Callable[[], Any]]], floor: Callable[[], Any],
+    error: Callable[[Variant, Any], float], tolerance: float, out: Array, *, seconds: float,
+) -> Section:  # fmt: skip
+    """The section of what is no case of the table: each variant's result checked, then all timed in turns.
+
+    bound : each variant's ways of calling it; they write to `out` or to nothing
+    error : of a result, which `tolerance` allows
+    """
+    calls: dict[str, Callable[[], Any]] = {"floor": floor}
+    for variant, ways in bound.items():
+        row = Row(variant.label, variant.name, variant.backend)
+        section.rows.append(row)
+        if not variant.numpy_only:
+            ways[variant.label]()  # what a first call sets up is no memory of the op
+        out.fill(0)
+        result, memory, first = measure.with_memory(ways[variant.label])
+        row.extra_bytes_traced, row.extra_bytes_resident = memory
+        row.extra_memory = memory.peak / section.nbytes
+        row.error, row.tolerance = error(variant, result), tolerance
+        row.correct = row.error <= row.tolerance
+        if variant.numpy_only and first > LONG:
+            row.best, row.median, row.rounds = measure.Timing.of([first])
+        else:
+            calls |= ways
+    fill(section, measure.interleaved(calls, budget=seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS))
+    return section
 
 
 def fill(section: Section, timings: Mapping[str, measure.Timing]) -> None:

@@ -13,8 +13,9 @@ LEGEND = """\
 min, median    of rounds in which all variants take turns; fused ones write to a reused out=
 no out=        the same into a new array each call (minimum)
 GB/s           the bytes that must be moved (forward: read x, write out; backward: read dout and x, write dx;
-               backward of dropout: read dout, write dx) over the minimum
-of floor       the floor's minimum over this minimum; floor: {floor}, measured in turn with the rest
+               backward of dropout: read dout, write dx; moments: read x) over the minimum
+of floor       the floor's minimum over this minimum; floor: {floor}, of moments
+               reading x, measured in turn with the rest
 extra memory   peak of one call beyond what was there before, in arrays of x's size: the larger of what
                NumPy allocated and of the growth of the process's resident memory; results and caches count
 error          largest deviation from the float64 reference, scaled to values of 1; of dropout that from what the
@@ -85,7 +86,7 @@ def render(report: Report) -> str:
     """The whole report."""
     machine = report.machine
     lines = [f"{machine['cpu']}, {report.config['threads']} threads of {machine['cores']} cores", ""]
-    for section in (*report.sections, *report.dropout):
+    for section in (*report.sections, *report.dropout, *report.pieces):
         lines += [title(section), _line(COLUMNS)]
         lines += [_row(row) for row in section.rows]
         floor = (
