@@ -98,6 +98,10 @@ Cut cut_channels(ChannelShape shape) {
 
 Cut cut_weighted(ChannelShape shape) { return cut_up(shape, shape.inner == 1); }
 
+Cut cut_written(ChannelShape shape, bool stream) {
+  return stream || shape.inner <= kWrittenRun ? cut_channels(shape) : cut_up(shape, false);
+}
+
 bool streams(std::size_t bytes, std::size_t arrays) { return bytes >= caches().l3 * 2 / (arrays == 1 ? 5 : 8); }
 
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {

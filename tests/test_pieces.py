@@ -155,6 +155,24 @@ def test_workers_with_merged_moments_and_summed_sums(shape, workers, arrangement
     check_all(expected, {"y": np.concatenate(y), "dx": np.concatenate(dx), "dgamma": dgamma, "dbeta": dbeta})
 
 
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("shape", [(9, 5, 5, 5), (8, 3, 7, 4), (40, 12, 14, 14), (8, 40, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pieces_have_the_bits_of_the_fused_ops(dtype, shape, affine):
+    """Also of short runs, which the C++ kernels walk otherwise where they only write."""
+    x, gamma, beta, dout = case("batchnorm", shape, dtype=dtype).inputs()
+    gamma, beta = (gamma, beta) if affine else (None, None)
+    found = fastnorm.moments(x, (0, 2, 3), keepdims=True, backend="cpp")
+    y, cache = fastnorm.batchnorm_forward(x, gamma, beta, {}, backend="cpp")
+    column = [None if each is None else each[:, None, None] for each in (gamma, beta)]
+    np.testing.assert_array_equal(fastnorm.normalize(x, found.mean, found.var, *column, backend="cpp"), y)
+    dx, _, _ = fastnorm.batchnorm_backward(dout, cache, backend="cpp")
+    statistics = (found.mean.ravel(), found.var.ravel())
+    sums = fastnorm.batchnorm_backward_reduce(dout, x, *statistics, backend="cpp")
+    again = fastnorm.batchnorm_backward_apply(dout, x, *statistics, gamma, *sums, found.count, backend="cpp")
+    np.testing.assert_array_equal(again, dx)
+
+
 @pytest.mark.parametrize("arrangement", ["C", "gaps", "F"])
 def test_backward_apply_with_out(arrangement, backend):
     _, inputs, expected = standard("batchnorm", (23, 7))

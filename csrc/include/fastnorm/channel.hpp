@@ -456,10 +456,9 @@ inline void clear(double* sum_dy, double* sum_dy_xhat, size_t channels) {
   std::fill_n(sum_dy_xhat, channels, 0.0);
 }
 
-// Calls f(geometry) with the one that fits the shape.
+// Calls f(geometry) with the one that walks a shape cut like this.
 template <class T, class F>
-inline void with_geometry(const ChannelShape& shape, F f) {
-  const Cut cut = cut_channels(shape);
+inline void with_geometry(const ChannelShape& shape, const Cut& cut, F f) {
   if (cut.side_by_side)
     f(Columns<T>{shape, cut});
   else
@@ -473,9 +472,10 @@ struct Channel {
   template <class Passes>
   static void call(ChannelShape shape, size_t arrays, const T* dy, const T* x, double* mean, double* var, double eps,
                    const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, double divisor, T* out,
-                   Passes passes) {
+                   Passes passes, bool only_writes = false) {
     const ChannelPlan plan = plan_channels(shape, sizeof(T), arrays, num_threads());
-    with_geometry<T>(shape, [&](auto geometry) {
+    const Cut cut = only_writes ? cut_written(shape, plan.stream) : cut_channels(shape);
+    with_geometry<T>(shape, cut, [&](auto geometry) {
       const ChannelCall<decltype(geometry), T> call{geometry,
                                                     plan,
                                                     1,
@@ -501,14 +501,17 @@ struct Channel {
   }
   static void apply(const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                     const void* gamma, const void* beta, T* y) {
-    call(shape, 1, nullptr, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, beta, nullptr, nullptr,
-         0, y, [](const auto& c, const auto& s, auto loop, A*) {
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.expand(s, at, n);
-             c.prepare(s, at, n);
-           });
-           c.apply(s, loop);
-         });
+    call(
+        shape, 1, nullptr, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, beta, nullptr, nullptr,
+        0, y,
+        [](const auto& c, const auto& s, auto loop, A*) {
+          c.by_channel(s, loop, [&](size_t at, size_t n) {
+            c.expand(s, at, n);
+            c.prepare(s, at, n);
+          });
+          c.apply(s, loop);
+        },
+        /*only_writes=*/true);
   }
   static void forward(const T* x, ChannelShape shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
@@ -525,16 +528,18 @@ struct Channel {
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
                              double eps, const void* gamma, const double* sum_dy, const double* sum_dy_xhat,
                              double count, T* dx) {
-    call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr,
-         const_cast<double*>(sum_dy), const_cast<double*>(sum_dy_xhat), count, dx,
-         [](const auto& c, const auto& s, auto loop, A*) {
-           c.by_channel(s, loop, [&](size_t at, size_t n) {
-             c.expand(s, at, n);
-             c.centre(s, at, n);
-             c.prepare_dx(s, at, n);
-           });
-           c.template write_dx<ScaledDescent>(s, loop);
-         });
+    call(
+        shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr,
+        const_cast<double*>(sum_dy), const_cast<double*>(sum_dy_xhat), count, dx,
+        [](const auto& c, const auto& s, auto loop, A*) {
+          c.by_channel(s, loop, [&](size_t at, size_t n) {
+            c.expand(s, at, n);
+            c.centre(s, at, n);
+            c.prepare_dx(s, at, n);
+          });
+          c.template write_dx<ScaledDescent>(s, loop);
+        },
+        /*only_writes=*/true);
   }
   static void backward(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                        const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {

@@ -19,7 +19,7 @@ struct Group {
                    Passes passes) {
     const ChannelPlan plan = plan_groups(shape, sizeof(T), arrays, num_threads());
     const double count = static_cast<double>(shape.span() * shape.outer * shape.inner);
-    with_geometry<T>(shape.sample(), [&](auto geometry) {
+    with_geometry<T>(shape.sample(), cut_channels(shape.sample()), [&](auto geometry) {
       const ChannelCall<decltype(geometry), T> call{geometry,
                                                     plan,
                                                     shape.samples,
