@@ -107,6 +107,12 @@ def handed(array: Array) -> Result:
     return found
 
 
+def on_host(array: Array) -> Result:
+    """The array where NumPy can look at its values; from a device a copy, for which this waits."""
+    found: Result = array.to_host() if on_device(array) else array
+    return found
+
+
 def address(array: Array) -> int:
     """Where the first element is."""
     found: int = array.pointer if on_device(array) else array.__array_interface__["data"][0]

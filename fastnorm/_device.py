@@ -181,6 +181,10 @@ class DeviceArray:
         backend().copy(target, self)
         return target
 
+    def to_host(self) -> np.ndarray[Any, Any]:
+        """A copy in host memory, which waits for what its stream has yet to do. Of no bfloat16, which NumPy lacks."""
+        return self.library.to_host(self.handed())
+
     def handed(self) -> Any:
         """The library's own array for the user. A view has to be in C order, and so does the block it is of."""
         if self.owner is None:
@@ -233,6 +237,9 @@ class Library(Protocol):
     def allocate(self, shape: Shape, strides: Shape, dtype: Any, like: DeviceArray) -> DeviceArray:
         """New memory on the device and stream of `like`."""
 
+    def to_host(self, block: Any) -> np.ndarray[Any, Any]:
+        """The values of the library's own array, once they are there."""
+
 
 class _Torch:
     title = "PyTorch"
@@ -272,6 +279,10 @@ class _Torch:
         tensor = self._torch.empty_strided(shape, steps, dtype=self._own[dtype], device=like.block.device)
         return DeviceArray(self, tensor, tensor.data_ptr(), shape, strides, dtype, like.device)
 
+    def to_host(self, block: Any) -> np.ndarray[Any, Any]:
+        values: np.ndarray[Any, Any] = block.cpu().numpy()
+        return values
+
 
 class _Cupy:
     title = "CuPy"
@@ -294,6 +305,10 @@ class _Cupy:
             memory = self._cupy.cuda.alloc(math.prod(shape) * dtype.itemsize)
             array = self._cupy.ndarray(shape, own, memptr=memory, strides=strides)
         return DeviceArray(self, array, memory.ptr, shape, strides, dtype, like.device)
+
+    def to_host(self, block: Any) -> np.ndarray[Any, Any]:
+        values: np.ndarray[Any, Any] = block.get()
+        return values
 
 
 class _Numba:
@@ -320,6 +335,12 @@ class _Numba:
     def allocate(self, shape: Shape, strides: Shape, dtype: Any, like: DeviceArray) -> DeviceArray:
         array = backend().device_array(shape, strides, dtype, like.device, like.block.stream)
         return self.describe("out", array)
+
+    def to_host(self, block: Any) -> np.ndarray[Any, Any]:
+        values: np.ndarray[Any, Any] = block.copy_to_host()
+        if getattr(block, "stream", 0):  # on which it was copied
+            block.stream.synchronize()
+        return values
 
 
 _LIBRARIES: dict[tuple[str, str], type[Library]] = {

@@ -140,6 +140,9 @@ def stand_in_torch() -> types.ModuleType:
         def is_neg(self) -> bool:
             return False
 
+        def cpu(self) -> Any:
+            return types.SimpleNamespace(numpy=self._values.copy)
+
         def _like(self, values: Array) -> Any:
             return Tensor(values, self._index)
 
@@ -197,6 +200,9 @@ def stand_in_cupy() -> types.ModuleType:
         def device(self) -> Device:
             return Device(self._index)
 
+        def get(self) -> Array:
+            return self._values.copy()
+
         def _like(self, values: Array) -> Any:
             found = ndarray.__new__(ndarray)
             _Values.__init__(found, values, self._index)
@@ -238,8 +244,10 @@ class _NumbaArray(_Values):
     def copy_to_device(self, values: Array) -> None:
         self._values[...] = values
 
-    def copy_to_host(self, values: Array) -> None:
+    def copy_to_host(self, values: Array | None = None) -> Array:
+        values = np.empty_like(self._values) if values is None else values
         values[...] = self._values
+        return values
 
     def _like(self, values: Array) -> Any:
         found = DeviceNDArrayBase(values, self._index)

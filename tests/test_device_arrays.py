@@ -172,15 +172,43 @@ def test_a_single_value_has_no_unbiased_variance(kind):
     assert param == {"convention": "pytorch"}
 
 
-@pytest.mark.parametrize(
-    "options", [{"skip_nonfinite": True}, {"average": fastnorm.ExponentialMovingAverage(0.9)}], ids=["skip", "average"]
-)
-def test_rules_that_look_at_values_are_refused(options, kind):
-    (key,), out = options, kind.put(np.full_like(X, 7))
-    with pytest.raises(ValueError, match=rf"bn_param\['{key}'\]: .*on a device"):
-        forward(kind.put(X), param=dict(options), out=out)
+def test_an_average_of_numpy_arrays_is_refused(kind):
+    out = kind.put(np.full_like(X, 7))
+    with pytest.raises(ValueError, match=r"bn_param\['average'\]: .*on a device"):
+        forward(kind.put(X), param={"average": fastnorm.ExponentialMovingAverage(0.9)}, out=out)
     assert (kind.get(out) == 7).all()
-    forward(kind.put(X), param={"skip_nonfinite": False, "average": None})
+    forward(kind.put(X), param={"average": None})
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the simulator
+@pytest.mark.parametrize("options", [{}, {"convention": "pytorch"}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("op", ["batchnorm", "instancenorm"])
+def test_skip_nonfinite(op, bad, options, kind):
+    x, forward = np.random.default_rng(5).standard_normal((4, 3, 5)) + 2, getattr(fastnorm, f"{op}_forward")
+    given = {"running_mean": np.full(3, 0.5), "running_var": np.full(3, 2.0, np.float32)}
+    param = {"skip_nonfinite": True, **options, **{name: kind.put(value) for name, value in given.items()}}
+    forward(kind.put(x), None, None, param)
+    before = dict(param)
+    poisoned = x.copy()
+    poisoned[1, 2, 3] = bad
+    y, _ = forward(kind.put(poisoned), None, None, param)
+    assert np.isnan(kind.get(y)[1, 2]).any()
+    assert all(param[key] is before[key] for key in param)
+    forward(kind.put(x + 1), None, None, param)
+    assert (kind.get(param["running_mean"]) > kind.get(before["running_mean"])).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_skip_nonfinite_sees_what_overflows_where_it_is_kept(dtype, kind):
+    if dtype == "bfloat16" and not kind.bfloat16():
+        pytest.skip(f"{kind.name} has no bfloat16")
+    param = {name: kind.put(np.ones(3, dtype_of(dtype))) for name in ("running_mean", "running_var")}
+    before = dict(param)
+    x = np.random.default_rng(5).standard_normal((8, 3)) * np.sqrt(2) * (2.0**9 if dtype == "float16" else 2.0**65)
+    param = {"skip_nonfinite": True} | param
+    fastnorm.batchnorm_forward(kind.put(x), None, None, param)
+    assert all(param[name] is before[name] for name in before)
 
 
 def test_running_statistics_keep_their_shape_and_dtype(kind):

@@ -225,7 +225,7 @@ def running_options(name: str, param: Any, x: Array, channels: int) -> Batchnorm
         _stored(param, "running_var", x, channels),
         rule,
     )
-    if rule is not None and not options.frozen and (rule.average is not None or rule.skip_nonfinite):
+    if rule is not None and rule.average is not None and not options.frozen:
         _running.checked_source(name, rule, x, (options.running_mean, options.running_var))
     return options
 

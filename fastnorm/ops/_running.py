@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastnorm import _arrays
-from fastnorm._device import on_device
-from fastnorm._layout import Array
+from fastnorm._device import BFLOAT16, on_device
+from fastnorm._layout import FLOAT32, Array
 from fastnorm.ops import _numbers
 from fastnorm.ops.averages import ExponentialMovingAverage
 
@@ -78,16 +78,15 @@ def checked_rule(name: str, param: dict[str, Any]) -> Rule:
 
 
 def checked_source(name: str, rule: Rule, x: Array, running: Running) -> None:
-    """Raise where this rule cannot take a batch in.
+    """Raise where this rule's average cannot take a batch in.
 
-    On a device, where it would have to look at the values, which is to wait for them; or because its average keeps
-    something else than these running statistics, those of another layer, say.
+    On a device, since it keeps NumPy arrays; or because it keeps something else than these running statistics, those
+    of another layer, say.
     """
-    for key, asked in (("average", rule.average is not None), ("skip_nonfinite", rule.skip_nonfinite)):
-        if asked and on_device(x):
-            raise ValueError(f"{name}[{key!r}]: expected none for arrays on a device, whose values it would wait for")
     if rule.average is None:
         return
+    if on_device(x):
+        raise ValueError(f"{name}['average']: expected none for arrays on a device, since it keeps NumPy arrays")
     for key, stored in zip(STATISTICS, running, strict=True):
         kept = rule.average.average(key)
         if kept is not None and (stored is None or not np.array_equal(kept, stored, equal_nan=True)):
@@ -118,9 +117,13 @@ def step(rule: Rule, running: Running, batch: Pair, dtype: np.dtype[Any], count:
 
 @np.errstate(over="ignore", invalid="ignore")
 def _stay_finite(running: Running, batch: Pair, correction: float, dtype: np.dtype[Any]) -> bool:
-    """Whether a batch's statistics are finite in the dtypes that the running ones are kept in."""
-    found = batch[0], corrected(batch[1], correction)
+    """Whether a batch's statistics are finite in the dtypes that the running ones are kept in.
+
+    On a device this waits for them. (bfloat16 there, which NumPy lacks, counts as float32, whose range it has.)
+    """
+    found = (_arrays.on_host(values) for values in (batch[0], corrected(batch[1], correction)))
     kept = (dtype if old is None else kept_dtype(old, dtype) for old in running)
+    kept = (FLOAT32 if to is BFLOAT16 else to for to in kept)
     return all(bool(np.isfinite(values.astype(to)).all()) for values, to in zip(found, kept, strict=True))
 
 
