@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ARRANGEMENTS, check_moments, check_weighted
+from cases import ARRANGEMENTS, OPS, case, check_moments, check_weighted
 
 import fastnorm
 from fastnorm import Moments
@@ -258,6 +258,40 @@ def test_memory_mapped_in_and_out(tmp_path, backend, rng):
     assert peak < (2 if backend == "numpy" else 0.5) * x.nbytes  # the reference works on blocks of several megabytes
     np.testing.assert_array_equal(np.fromfile(tmp_path / "out", np.float32).reshape(shape), expected)
     assert abs(float(out.std()) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_memory_mapped_out_comes_back_itself(op, tmp_path, backend):
+    """With its type, so that it can be flushed; also where the kernel had to work in other memory."""
+    this = case(op, (6, 8, 5))
+    inputs = this.inputs()
+    expected, theirs = this.op.forward(*this.arguments(*inputs[:3]), axis=1, backend=backend)
+    expected_dx, *_ = this.op.backward(inputs.dout, theirs, backend=backend)
+    for step in (1, 2):
+        y, dx = (_mapped(tmp_path / f"{name}{step}", (6, 8, 5 * step))[..., ::step] for name in ("y", "dx"))
+        found, cache = this.op.forward(*this.arguments(*inputs[:3]), axis=1, out=y, backend=backend)
+        found_dx, *_ = this.op.backward(inputs.dout, cache, out=dx, backend=backend)
+        assert found is y
+        assert found_dx is dx
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(dx, expected_dx)
+
+
+def test_a_memory_mapped_out_of_the_others(tmp_path, backend, rng):
+    shape = (6, 5)
+    x = rng.standard_normal(shape).astype(np.float32)
+    outs = [_mapped(tmp_path / f"{number}", shape) for number in range(4)]
+    assert fastnorm.normalize(x, np.zeros(5), np.ones(5), out=outs[0], backend=backend) is outs[0]
+    dropped, cache = fastnorm.dropout_forward(x, {"p": 0.5, "seed": 1}, out=outs[1], backend=backend)
+    assert dropped is outs[1]
+    assert fastnorm.dropout_backward(x, cache, out=outs[2], backend=backend) is outs[2]
+    np.testing.assert_array_equal(outs[2], outs[1])
+    chunks = np.split(outs[3], [2])
+    found, _ = fastnorm.batchnorm_forward(np.split(x, [2]), None, None, out=chunks, backend=backend)
+    assert all(one is other for one, other in zip(found, chunks, strict=True))
+    assert all(isinstance(one, np.memmap) for one in found)
+    with pytest.raises(ValueError, match=r"^out: expected shape"):
+        fastnorm.normalize(x, np.zeros(5), np.ones(5), out=outs[0][:3], backend=backend)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the example limits its memory as Linux does")
