@@ -336,7 +336,8 @@ def normalize(
     x : array, as in `batchnorm_forward`
     mean, var : arrays of one shape that broadcasts against x: (D,) for (N, D), (1, C, 1, 1) for
         (N, C, H, W), as `moments(..., keepdims=True)` returns them.
-    gamma, beta : arrays of the same number of elements, broadcasting likewise, or None.
+    gamma, beta : arrays of as many elements, one for each of mean's, in any shape that broadcasts so, or None. A
+        vector goes along mean's axes: of (4,) with mean of (4, 1) each element belongs to a row.
     eps : added to var, at least 0.
     out : array to write to, of x's shape and result dtype; may be x itself.
     backend : as in `batchnorm_forward`.
