@@ -271,6 +271,11 @@ def test_bad_gradients(dout, options, error, named):
         fastnorm.batchnorm_backward(dout, cache, **options)
 
 
+def test_the_staged_graph_takes_no_chunks():
+    with pytest.raises(TypeError, match=r"^x: expected one array, got a list of chunks"):
+        fastnorm.batchnorm_forward_staged([A, A], None, None)
+
+
 def test_a_cache_of_chunks_is_no_other_cache():
     _, cache = fastnorm.batchnorm_forward([A, B], None, None)
     for backward in (fastnorm.layernorm_backward, fastnorm.batchnorm_backward_alt, fastnorm.batchnorm_backward_staged):

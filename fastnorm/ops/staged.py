@@ -25,7 +25,7 @@ import numpy as np
 
 from fastnorm import _layout
 from fastnorm._layout import Array, Axes
-from fastnorm.ops import _arguments, _groups
+from fastnorm.ops import _arguments, _chunks, _groups
 
 
 class StagedCache(NamedTuple):
@@ -168,8 +168,11 @@ def batchnorm_forward_staged(
 
     Allocates five arrays of x's size, of which the cache keeps four: x_minus_mu, x_minus_mu_square, x_norm,
     y_unshift and the result. For float16 and bfloat16 they are float32, twice as large, and two more come
-    with the conversions. Arguments, updates of bn_param and errors as in `batchnorm_forward`.
+    with the conversions. Arguments, updates of bn_param and errors as in `batchnorm_forward`, but for chunks, which are
+    a TypeError.
     """
+    if _chunks.is_chunks(x):
+        raise TypeError(f"x: expected one array, got a {type(x).__name__} of chunks; np.concatenate makes one of them")
     x, params, channels = _arguments.batchnorm_x(_layout.host_array("x", x), axis)
     options = _arguments.batchnorm_options(bn_param, x, channels)
     return _with_running("batchnorm", x, gamma, beta, bn_param, options, params)
