@@ -157,11 +157,12 @@ struct Runs {
     Vector<A> grads[4] = {}, products[4] = {};
     for (size_t r = 0; r < u.rows; ++r) {
       const size_t at = place(u, c) + r * stride();
-      sum_run<A>(u.length, [&](size_t j, auto how, int k) FASTNORM_INLINE_LAMBDA {
+      const auto add = [&](size_t j, auto how, int k) FASTNORM_INLINE_LAMBDA {
         const Vector<A> grad = how.load(dy + at + j);
         grads[k] += grad;
         products[k] = mul_add(grad, how.load(x + at + j, centre) - centre, products[k]);
-      });
+      };
+      sum_run<A>(u.length, add, u.rows == 1 ? begun_at(x + at, u.length) : 0);
     }
     return {combined(grads), combined(products)};
   }
