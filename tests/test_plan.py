@@ -107,6 +107,14 @@ def test_groups_go_sample_by_sample():
     assert fastnorm.plan("rmsnorm", (4096, 768)).slab == fastnorm.plan("layernorm", (4096, 768)).slab
 
 
+@pytest.mark.parametrize(("side", "alone"), [(8, False), (12, True), (14, True), (16, True), (20, False)])
+def test_a_group_that_nearly_fills_a_first_level_cache_is_a_slab(side, alone):
+    """In a backward through the cache; smaller and larger ones are taken together, as many as fit half of L2."""
+    plan = fastnorm.plan("groupnorm", (4, 512, side, side), groups=32, direction="backward", threads=2)
+    assert not plan.streams
+    assert (plan.slab == 16) == alone
+
+
 @pytest.mark.skipif(12 * L2 > L3, reason="what is stored past the cache is not much larger than a core's L2")
 def test_samples_past_the_cache_are_whole_where_channels_are_last():
     positions, samples = L2 // (1024 * 4), L3 // L2
