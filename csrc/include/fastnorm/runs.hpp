@@ -146,14 +146,6 @@ struct Runs {
   };
   FASTNORM_INLINE Products products(const T* dy, const T* x, const Unit& u, size_t c, A centre_of_c) const {
     const Vector<A> centre = broadcast(centre_of_c);
-    if (u.rows == 1 && u.length <= kLanes<A>) {  // nothing to combine
-      const size_t at = place(u, c);
-      const auto only = [&](auto how) FASTNORM_INLINE_LAMBDA {
-        const Vector<A> grad = how.load(dy + at);
-        return Products{grad, grad * (how.load(x + at, centre) - centre)};
-      };
-      return u.length == kLanes<A> ? only(Whole{}) : only(Part{u.length});
-    }
     Vector<A> grads[4] = {}, products[4] = {};
     for (size_t r = 0; r < u.rows; ++r) {
       const size_t at = place(u, c) + r * stride();
@@ -166,6 +158,25 @@ struct Runs {
     }
     return {combined(grads), combined(products)};
   }
+  // The same of one run of so many vectors, up to four: they are added to nothing, and the run has no loop.
+  template <size_t vectors>
+  FASTNORM_INLINE Products products_of(const T* dy, const T* x, const Unit& u, size_t c, A centre_of_c) const {
+    constexpr size_t lanes = kLanes<A>;
+    const Vector<A> centre = broadcast(centre_of_c);
+    const size_t at = place(u, c), rest = u.length - (vectors - 1) * lanes;
+    Vector<A> grads[vectors], products[vectors];
+    repeat<vectors>([&](auto k) FASTNORM_INLINE_LAMBDA {
+      const auto take = [&](auto how) FASTNORM_INLINE_LAMBDA {
+        grads[k] = how.load(dy + at + k * lanes);
+        products[k] = grads[k] * (how.load(x + at + k * lanes, centre) - centre);
+      };
+      if (k + 1 < vectors || rest == lanes)
+        take(Whole{});
+      else
+        take(Part{rest});
+    });
+    return {combined(grads), combined(products)};
+  }
 
   // The same of channels [c0, c1) over group g.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
@@ -174,25 +185,47 @@ struct Runs {
     std::fill_n(sum_dyx, c1 - c0, 0.0);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
-      size_t c = c0;
-      for (; c + 4 <= c1; c += 4) {
-        Vector<A> grads[4], products_of[4];
+      const auto add_all = [&](const auto& products_of_channel) FASTNORM_INLINE_LAMBDA {
+        size_t c = 0;
+        for (; c + 4 <= c1 - c0; c += 4) {
+          Vector<A> grads[4], products[4];
 #pragma GCC unroll 4
-        for (size_t k = 0; k < 4; ++k) {
-          const Products found = products(dy, x, u, c + k, centres[c + k - c0]);
-          grads[k] = found.grad;
-          products_of[k] = found.product;
+          for (size_t k = 0; k < 4; ++k) {
+            const Products found = products_of_channel(c + k);
+            grads[k] = found.grad;
+            products[k] = found.product;
+          }
+          double grad[4], product[4];
+          totals<A>(grads, grad);
+          totals<A>(products, product);
+          add(sum_dy + c, grad, 4);
+          add(sum_dyx + c, product, 4);
         }
-        double grad[4], product[4];
-        totals<A>(grads, grad);
-        totals<A>(products_of, product);
-        add(sum_dy + (c - c0), grad, 4);
-        add(sum_dyx + (c - c0), product, 4);
-      }
-      for (; c < c1; ++c) {
-        const Products found = products(dy, x, u, c, centres[c - c0]);
-        sum_dy[c - c0] += total<A>(found.grad);
-        sum_dyx[c - c0] += total<A>(found.product);
+        for (; c < c1 - c0; ++c) {
+          const Products found = products_of_channel(c);
+          sum_dy[c] += total<A>(found.grad);
+          sum_dyx[c] += total<A>(found.product);
+        }
+      };
+      const auto add_runs_of = [&](auto vectors) FASTNORM_INLINE_LAMBDA {
+        add_all([&](size_t c) FASTNORM_INLINE_LAMBDA { return products_of<vectors>(dy, x, u, c0 + c, centres[c]); });
+      };
+      using std::integral_constant;
+      switch (u.rows == 1 ? (u.length + kLanes<A> - 1) / kLanes<A> : 0) {
+        case 1:
+          add_runs_of(integral_constant<size_t, 1>{});
+          break;
+        case 2:
+          add_runs_of(integral_constant<size_t, 2>{});
+          break;
+        case 3:
+          add_runs_of(integral_constant<size_t, 3>{});
+          break;
+        case 4:
+          add_runs_of(integral_constant<size_t, 4>{});
+          break;
+        default:
+          add_all([&](size_t c) FASTNORM_INLINE_LAMBDA { return products(dy, x, u, c0 + c, centres[c]); });
       }
     }
   }

@@ -464,10 +464,14 @@ FASTNORM_INLINE bool any(Indices<A> v) {
   return v[0] != 0;
 }
 
-// The same however accumulators are turned.
-template <class V>
-FASTNORM_INLINE V combined(const V (&sums)[4]) {
-  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+// The same however accumulators are turned, or where the last ones were nothing.
+template <class V, size_t count>
+FASTNORM_INLINE V combined(const V (&sums)[count]) {
+  static_assert(count >= 1 && count <= 4);
+  if constexpr (count == 4) return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  if constexpr (count == 3) return (sums[0] + sums[2]) + sums[1];
+  if constexpr (count == 2) return sums[0] + sums[1];
+  return sums[0];
 }
 
 // f(0), f(1) ... f(n - 1), each a constant: arrays of vectors that it indexes are registers.
