@@ -109,9 +109,17 @@ def test_groups_go_sample_by_sample():
 
 @pytest.mark.parametrize(("side", "alone"), [(8, False), (12, True), (14, True), (16, True), (20, False)])
 def test_a_group_that_nearly_fills_a_first_level_cache_is_a_slab(side, alone):
-    """In a backward through the cache; smaller and larger ones are taken together, as many as fit half of L2."""
+    """In a backward; smaller and larger ones are taken together, as many as fit half of L2."""
     plan = fastnorm.plan("groupnorm", (4, 512, side, side), groups=32, direction="backward", threads=2)
     assert not plan.streams
+    assert (plan.slab == 16) == alone
+
+
+@pytest.mark.parametrize(("share", "alone"), [(0.3, False), (0.4, True)])
+def test_past_the_cache_such_a_group_is_a_slab_where_l3_would_not_hold_it(share, alone):
+    samples = int(share * L3) // (512 * 14 * 14 * 4)
+    plan = fastnorm.plan("groupnorm", (samples, 512, 14, 14), groups=32, direction="backward", threads=2)
+    assert plan.streams
     assert (plan.slab == 16) == alone
 
 
