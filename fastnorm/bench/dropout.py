@@ -6,8 +6,8 @@ It moves the same bytes in both directions, one read and one write: the floor is
 from __future__ import annotations
 
 import importlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ import fastnorm
 from fastnorm.backends import Array
 from fastnorm.bench import roof
 from fastnorm.bench.cases import DIRECTIONS, DROPOUT, MEGABYTE, Direction, Inputs, dtype_of
-from fastnorm.bench.progress import Progress
-from fastnorm.bench.run import Report, Row, Section, beside
+from fastnorm.bench.run import Part, Report, Row, Section, add_beside, beside
 from fastnorm.bench.variants import Variant
 
 NAME = DROPOUT.name
@@ -104,17 +103,16 @@ def checked(
 
 def add_to(report: Report, size: int, dtypes: Sequence[str], variants: Sequence[Variant], *, seconds: float) -> None:
     """Measure forward and backward in each dtype, each timed for about so many seconds."""
-    start = time.monotonic()
-    with Progress(len(dtypes) * len(DIRECTIONS), len(dtypes) * len(DIRECTIONS)) as progress:
+
+    def parts() -> Iterator[Part]:
         for dtype in dtypes:
             x = values(sizes(size, dtype), dtype)
             out = np.zeros_like(x)
             own = [variant for variant in variants if computes(variant, dtype)]
             for direction in DIRECTIONS:
-                progress.part(f"{NAME} {dtype}, {direction}")
-                report.dropout.append(_section(x, out, dtype, direction, own, seconds))
-                progress.step()
-    report.seconds += time.monotonic() - start
+                yield f"{NAME} {dtype}, {direction}", partial(_section, x, out, dtype, direction, own, seconds)
+
+    add_beside(report, report.dropout, parts(), len(dtypes) * len(DIRECTIONS))
 
 
 def _section(

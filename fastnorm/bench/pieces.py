@@ -11,8 +11,8 @@ two thirds of its floor forward, and 0.6 backward, are all that there is.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +20,13 @@ import numpy as np
 import fastnorm
 from fastnorm._layout import FLOAT64, accumulation_dtype
 from fastnorm.backends import Array
-from fastnorm.bench import check, roof
-from fastnorm.bench.cases import MEGABYTE, OPS, Case, Direction, Inputs, dtype_of
-from fastnorm.bench.progress import Progress
-from fastnorm.bench.run import Report, Section, beside
+from fastnorm.bench import check, dropout, roof
+from fastnorm.bench.cases import OPS, Case, Direction, Inputs, dtype_of
+from fastnorm.bench.run import Part, Report, Section, add_beside, beside
 from fastnorm.bench.tolerances import scaled_tolerance
 from fastnorm.bench.variants import Variant
 
-COLUMNS, CHUNKS = 1024, 4
+CHUNKS = 4
 
 
 class Piece(NamedTuple):
@@ -103,9 +102,9 @@ def _tolerance(piece: Piece, case: Case) -> float:
 
 
 def _case(size: int, dtype: str) -> Case:
-    """A batch of 3/8 of `size` megabytes, as large as LayerNorm's."""
-    rows = max(CHUNKS, 3 * size * MEGABYTE // (8 * COLUMNS * dtype_of(dtype).itemsize))
-    return Case(OPS["batchnorm"], OPS["batchnorm"].layout("ND"), (rows, COLUMNS), dtype)
+    """A batch as large as dropout's, of a row a chunk at least."""
+    rows, columns = dropout.sizes(size, dtype)
+    return Case(OPS["batchnorm"], OPS["batchnorm"].layout("ND"), (max(CHUNKS, rows), columns), dtype)
 
 
 def add_to(
@@ -118,17 +117,17 @@ def add_to(
     seconds: float,
 ) -> None:
     """Measure the pieces of these names in each dtype, each timed for about so many seconds."""
-    start = time.monotonic()
     chosen = [piece for piece in PIECES if piece.name in names]
-    with Progress(len(dtypes) * len(chosen), len(dtypes) * len(chosen)) as progress:
+
+    def parts() -> Iterator[Part]:
         for dtype in dtypes:
             case = _case(size, dtype)
             inputs, out = case.inputs(), case.empty()
             for piece in chosen:
-                progress.part(f"{piece.name} {dtype}, {piece.direction}")
-                report.pieces.append(_section(piece, case, inputs, out, variants, seconds))
-                progress.step()
-    report.seconds += time.monotonic() - start
+                name = f"{piece.name} {dtype}, {piece.direction}"
+                yield name, partial(_section, piece, case, inputs, out, variants, seconds)
+
+    add_beside(report, report.pieces, parts(), len(dtypes) * len(chosen))
 
 
 def _section(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -286,6 +286,21 @@ def _checked(
         row.best, row.median, row.rounds = measure.Timing.of([seconds])
         return {}
     return {label: each.run for label, each in bound.items()}
+
+
+Part = tuple[str, Callable[[], Section]]
+"""The name of a section, and what measures it."""
+
+
+def add_beside(report: Report, sections: list[Section], parts: Iterable[Part], count: int) -> None:
+    """Measure what is no case of the table, in so many parts, into these sections of the report."""
+    start = time.monotonic()
+    with Progress(count, count) as progress:
+        for name, measured in parts:
+            progress.part(name)
+            sections.append(measured())
+            progress.step()
+    report.seconds += time.monotonic() - start
 
 
 def beside(
