@@ -20,21 +20,21 @@ struct Group {
     const ChannelPlan plan = plan_groups(shape, sizeof(T), arrays, num_threads());
     const double count = static_cast<double>(shape.span() * shape.outer * shape.inner);
     with_geometry<T>(shape.sample(), cut_channels(shape.sample()), [&](auto geometry) {
-      const ChannelCall<decltype(geometry), T> call{geometry,
-                                                    plan,
-                                                    shape.samples,
-                                                    shape.span(),
-                                                    dy,
-                                                    x,
-                                                    mean,
-                                                    var,
-                                                    eps,
-                                                    static_cast<const A*>(gamma),
-                                                    static_cast<const A*>(beta),
-                                                    sum_dy,
-                                                    sum_dy_xhat,
-                                                    count,
-                                                    out};
+      ChannelCall<decltype(geometry), T> call{geometry,
+                                              plan,
+                                              shape.samples,
+                                              shape.span(),
+                                              dy,
+                                              x,
+                                              mean,
+                                              var,
+                                              eps,
+                                              static_cast<const A*>(gamma),
+                                              static_cast<const A*>(beta),
+                                              sum_dy,
+                                              sum_dy_xhat,
+                                              count,
+                                              out};
       call.run(passes);
     });
   }
@@ -54,10 +54,15 @@ struct Group {
                        double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
     const size_t bundle = bundle_of(shape), bundles = (shape.samples + bundle - 1) / bundle;
     const size_t channels = shape.channels;
-    // Sums of each bundle of samples.
-    const Workspace<double> partial(2 * bundles * channels);
-    double *by_bundle = partial.data(), *by_bundle_xhat = by_bundle + bundles * channels;
-    std::fill_n(by_bundle, 2 * bundles * channels, 0.0);
+    // Sums of each bundle of samples, where there are several.
+    const Workspace<double> partial(bundles > 1 ? 2 * bundles * channels : 0);
+    double *by_bundle = sum_dy, *by_bundle_xhat = sum_dy_xhat;
+    if (bundles > 1) {
+      by_bundle = partial.data();
+      by_bundle_xhat = by_bundle + bundles * channels;
+    } else {
+      clear(sum_dy, sum_dy_xhat, channels);
+    }
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, by_bundle,
          by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
            c.reduce(s, loop, w, [&](size_t at, size_t n) { c.prepare_dx_of_samples(s, at, n); });
@@ -66,11 +71,9 @@ struct Group {
            else
              c.template write_dx<SharedDescent>(s, loop);
          });
-    clear(sum_dy, sum_dy_xhat, channels);
-    for (size_t b = 0; b < bundles; ++b) {
-      add(sum_dy, by_bundle + b * channels, channels);
-      add(sum_dy_xhat, by_bundle_xhat + b * channels, channels);
-    }
+    if (bundles == 1) return;
+    std::copy_n(by_bundle, channels, sum_dy);
+    std::copy_n(by_bundle_xhat, channels, sum_dy_xhat);
   }
 };
 
