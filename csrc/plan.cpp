@@ -51,12 +51,14 @@ constexpr std::size_t kFetchBytes = std::size_t{16} << 10;
 // float64 of 16,384, whose column sums are 256 KB, 7.4 to 8.7. From two lines on: the first line of the next row, which
 // it may begin within, must lie in the array.
 constexpr std::size_t kSummedRow = std::size_t{64} << 10;
-// Groups, backward: dy and x of a statistic of so many bytes, or up to twice as many, are a slab of their own, and
-// found in a first-level cache the second time. Two threads, us, slabs of L2 and this: (16, 512, 14, 14) 161 and 150,
-// (100, 64, 256) in 8 groups 170 and 149; past the cache, from memory, (64, 512, 14, 14) 1171 and 906. But several
-// statistics of less, (64, 320, 9, 9) 212 and 278, channels with statistics of their own, (4, 64, 2048) 50 and 53, and
-// (32, 1280, 8, 8), which is written past the cache though L3 would hold it, over and over again 352 and 392.
-constexpr std::size_t kAlone = std::size_t{16} << 10;
+// Groups, backward: as many statistics as have so many bytes of dy and x are a slab, found in a first-level cache the
+// second time, if each has so many at least. Two threads, us, slabs of L2 and this: (16, 512, 14, 14) 161 and 150, (32,
+// 64, 400) in 16 groups 81 and 69, (16, 128, 16, 16) 56 and 51; past the cache, from memory, (64, 512, 14, 14) 1171 and
+// 906. But of smaller ones (64, 320, 9, 9) 220 and 237, (16, 128, 64) in 16 groups 16.0 and 17.7, channels with
+// statistics of their own, (4, 64, 2048) 50 and 53, and (32, 1280, 8, 8), which is written past the cache though L3
+// would hold it, over and over again 352 and 392.
+constexpr std::size_t kInL1 = std::size_t{32} << 10;
+constexpr std::size_t kFew = std::size_t{8} << 10;
 // Bytes of dy and x between the two passes over long rows; it decides the order of summation, so no cache size enters.
 constexpr std::size_t kLongBlock = std::size_t{8} << 20;
 
@@ -188,10 +190,10 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
 
   // As for single channels: slabs in half of a core's L2, if rows of a slab are long enough.
   const Cut cut = cut_channels(shape.sample());
-  const bool nearly_l1 = statistic_bytes >= kAlone && statistic_bytes <= 2 * kAlone;
+  const bool fills_l1 = statistic_bytes >= kFew && statistic_bytes <= kInL1;
   const bool in_l3 = 3 * shape.samples * elements * itemsize <= caches().l3;
-  if (arrays == 2 && !(plan.stream && in_l3) && shape.outer == 1 && span > 1 && !cut.side_by_side && nearly_l1) {
-    plan.slab = span;
+  if (arrays == 2 && !(plan.stream && in_l3) && shape.outer == 1 && span > 1 && !cut.side_by_side && fills_l1) {
+    plan.slab = std::min(shape.channels, kInL1 / statistic_bytes * span);
     return plan;
   }
   const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;

@@ -107,12 +107,23 @@ def test_groups_go_sample_by_sample():
     assert fastnorm.plan("rmsnorm", (4096, 768)).slab == fastnorm.plan("layernorm", (4096, 768)).slab
 
 
-@pytest.mark.parametrize(("side", "alone"), [(8, False), (12, True), (14, True), (16, True), (20, False)])
-def test_a_group_that_nearly_fills_a_first_level_cache_is_a_slab(side, alone):
-    """In a backward; smaller and larger ones are taken together, as many as fit half of L2."""
+@pytest.mark.parametrize(("side", "together"), [(8, 4), (10, 2), (12, 1), (14, 1), (16, 1)])
+def test_groups_that_fill_a_first_level_cache_are_a_slab(side, together):
+    """In a backward, 32 KB of dy and x."""
     plan = fastnorm.plan("groupnorm", (4, 512, side, side), groups=32, direction="backward", threads=2)
     assert not plan.streams
-    assert (plan.slab == 16) == alone
+    assert plan.slab == 16 * together
+
+
+@pytest.mark.parametrize("side", [7, 20])
+def test_smaller_and_larger_groups_are_taken_together_from_l2(side):
+    plan = fastnorm.plan("groupnorm", (4, 512, side, side), groups=32, direction="backward", threads=2)
+    assert plan.slab * side * side * 8 > 64 << 10
+
+
+def test_a_slab_of_groups_has_no_more_than_a_sample():
+    plan = fastnorm.plan("groupnorm", (1000, 32, 8, 8), groups=2, direction="backward", threads=2)
+    assert plan.slab == 32
 
 
 @pytest.mark.parametrize(("share", "alone"), [(0.3, False), (0.4, True)])
