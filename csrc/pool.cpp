@@ -34,21 +34,25 @@ constexpr std::chrono::seconds kLongestWait{10};
 using Clock = std::chrono::steady_clock;
 
 struct Block {
-  void* address;
+  char* address;  // where a line begins
   size_t capacity;
   Clock::time_point since{};  // when it was dropped
 };
 
 size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Whole huge pages where that is little more; the end of a smaller block is made of small pages.
-size_t capacity_for(size_t size) { return round_up(size, size >= kMostWaste * kHugePage ? kHugePage : kSmallPage); }
+// Whole huge pages where that is little more; the end of a smaller block is made of small pages. An output begins
+// anywhere in the first line of its block.
+size_t capacity_for(size_t size) {
+  const size_t pages = round_up(size, size >= kMostWaste * kHugePage ? kHugePage : kSmallPage);
+  return pages - size < kCacheLine ? pages + kSmallPage : pages;
+}
 
 // The largest block for an output of this size.
 size_t most_for(size_t size) { return capacity_for(size) + size / kMostWaste; }
 
 // Memory that begins with a huge page, so that it has as many as fit. nullptr where there is none.
-void* map(size_t capacity) {
+char* map(size_t capacity) {
   void* mapped = mmap(nullptr, capacity + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
   char* const begin = static_cast<char*>(mapped);
@@ -61,9 +65,12 @@ void* map(size_t capacity) {
   return address;
 }
 
-void* obtain(size_t capacity) {
-  return capacity >= kHugePage ? map(capacity) : std::aligned_alloc(kCacheLine, capacity);
+char* obtain(size_t capacity) {
+  return capacity >= kHugePage ? map(capacity) : static_cast<char*>(std::aligned_alloc(kCacheLine, capacity));
 }
+
+// Of the block that an output lies in.
+char* block_of(void* output) { return static_cast<char*>(output) - reinterpret_cast<size_t>(output) % kCacheLine; }
 
 void release(Block block) {
   if (block.capacity >= kHugePage) {
@@ -77,8 +84,8 @@ class Pool {
  public:
   bool wants(size_t size) const { return size >= kPooledFrom && size <= limit_; }
 
-  void* allocate(size_t size) {
-    if (void* const reused = reuse(size)) return reused;
+  void* allocate(size_t size, size_t begun) {
+    if (char* const reused = reuse(size)) return reused + begun;
     const Block fresh{obtain(capacity_for(size)), capacity_for(size)};
     if (fresh.address == nullptr) return nullptr;
     try {
@@ -88,23 +95,23 @@ class Pool {
       release(fresh);
       throw;
     }
-    return fresh.address;
+    return fresh.address + begun;
   }
 
-  // The capacity of a lent block, 0 for any other address.
-  size_t capacity(void* address) {
+  // The capacity of an output's block, 0 where it has none.
+  size_t capacity(void* output) {
     const std::lock_guard lock(mutex_);
-    const auto found = lent_.find(address);
+    const auto found = lent_.find(block_of(output));
     return found == lent_.end() ? 0 : found->second;
   }
 
-  // Takes a lent block back; false for any other address.
-  bool take_back(void* address) {
+  // Takes an output's block back; false where it has none.
+  bool take_back(void* output) {
     {
       const std::lock_guard lock(mutex_);
-      const auto found = lent_.find(address);
+      const auto found = lent_.find(block_of(output));
       if (found == lent_.end()) return false;
-      idle_.push_back({address, found->second, Clock::now()});
+      idle_.push_back({found->first, found->second, Clock::now()});
       held_ += found->second;
       lent_.erase(found);
     }
@@ -132,19 +139,19 @@ class Pool {
 
  private:
   // The idle block that fits best, of equals the latest, which may still be in the caches; nullptr without one.
-  void* reuse(size_t size) {
-    const size_t most = most_for(size);
+  char* reuse(size_t size) {
+    const size_t least = size + kCacheLine, most = most_for(size);
     const std::lock_guard lock(mutex_);
     auto best = idle_.end();
     for (auto block = idle_.begin(); block != idle_.end(); ++block) {
-      if (block->capacity < size || block->capacity > most) continue;
+      if (block->capacity < least || block->capacity > most) continue;
       if (best == idle_.end() || block->capacity <= best->capacity) best = block;
     }
     if (best == idle_.end()) {
       ++misses_;
       return nullptr;
     }
-    void* const address = best->address;
+    char* const address = best->address;
     lent_.emplace(address, best->capacity);  // before the rest: it may throw
     held_ -= best->capacity;
     idle_.erase(best);
@@ -165,7 +172,7 @@ class Pool {
 
   std::mutex mutex_;
   std::vector<Block> idle_;  // longest idle first
-  std::unordered_map<void*, size_t> lent_;
+  std::unordered_map<char*, size_t> lent_;
   size_t held_ = 0, hits_ = 0, misses_ = 0;
   std::atomic<size_t> limit_{0};
 };
@@ -188,10 +195,10 @@ Pool& the_pool() {
 
 bool pooled(size_t size) { return the_pool().wants(size); }
 
-void* pool_allocate(size_t size) noexcept {
+void* pool_allocate(size_t size, size_t begun) noexcept {
   if (!pooled(size)) return std::malloc(size);
   try {
-    return the_pool().allocate(size);
+    return the_pool().allocate(size, begun % kCacheLine);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
@@ -200,10 +207,11 @@ void* pool_allocate(size_t size) noexcept {
 void* pool_reallocate(void* address, size_t size) noexcept {
   const size_t capacity = the_pool().capacity(address);
   if (capacity == 0) return std::realloc(address, size);
-  if (size <= capacity && capacity <= most_for(size)) return address;
-  void* const moved = pool_allocate(size);
+  const size_t begun = reinterpret_cast<size_t>(address) % kCacheLine;
+  if (size + begun <= capacity && capacity <= most_for(size)) return address;
+  void* const moved = pool_allocate(size, begun);
   if (moved == nullptr) return nullptr;
-  std::memcpy(moved, address, std::min(size, capacity));
+  std::memcpy(moved, address, std::min(size, capacity - begun));
   pool_free(address);
   return moved;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import itertools
 import os
 import pickle
@@ -46,16 +47,24 @@ def _an_empty_pool():
     fastnorm.set_output_pool(before)
 
 
-def output(size, value=None):
-    """An array of the pool, of that many bytes."""
-    array = _memory.empty((size,), np.dtype(np.uint8))
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+LINE = 64
+_PROTOTYPES = np.empty(LARGE + 2 * LINE, np.uint8)
+
+
+def output(size, value=None, begun=None):
+    """An array of the pool, of that many bytes; `begun`: like one that begins so many bytes into a line."""
+    if begun is None:
+        array = _memory.empty((size,), np.dtype(np.uint8))
+    else:
+        at = -address(_PROTOTYPES) % LINE + begun
+        array = _memory.empty_like(_PROTOTYPES[at : at + size])
     if value is not None:
         array[...] = value
     return array
-
-
-def address(array):
-    return array.__array_interface__["data"][0]
 
 
 def drop(*sizes):
@@ -90,6 +99,21 @@ def test_a_dropped_output_becomes_the_next(size):
     second, hits, misses = counted(lambda: output(size))
     assert (address(second), hits, misses) == (where, 1, 0)
     assert fastnorm.output_pool()[1:3] == (0, 0)
+
+
+@pytest.mark.parametrize("begun", [0, 1, 16, 63])
+@pytest.mark.parametrize("size", [SMALL, 2 << 20, LARGE])
+def test_an_output_begins_as_far_into_a_line_as_x(size, begun):
+    """If it is not stored past the cache. A block serves outputs that begin anywhere."""
+    past_cache = size >= importlib.import_module("fastnorm._core").build_info()["l3"] // 4
+    places = []
+    for place in (begun, (begun + 48) % LINE):
+        made, *counts = counted(lambda place=place: output(size, begun=place))
+        assert address(made) % LINE == (0 if past_cache else place)
+        places.append((address(made) // LINE, counts))
+        del made
+    (block, _), again = places
+    assert again == (block, [1, 0])
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 1.2])
@@ -370,7 +394,7 @@ def test_no_two_live_outputs_overlap():
     rng = np.random.default_rng(1)
     live = []
     for _ in range(500):
-        live.append(output(int(rng.integers(30_000, 3_000_000))))
+        live.append(output(int(rng.integers(30_000, 3_000_000)), begun=int(rng.integers(LINE))))
         if len(live) > 12:
             del live[rng.integers(0, len(live))]
         spans = sorted((address(array), address(array) + array.nbytes) for array in live)
@@ -403,10 +427,11 @@ def test_outputs_own_their_data(size):
     assert array.flags.writeable
 
 
+@pytest.mark.parametrize("begun", [0, 48])
 @pytest.mark.parametrize("factor", [0.01, 0.5, 0.95, 1.0, 1.01, 2.0, 20.0])
 @sizes
-def test_resize(size, factor):
-    array = output(size)
+def test_resize(size, factor, begun):
+    array = output(size, begun=begun)
     array[...] = np.arange(size) % 251
     array.resize(int(size * factor))
     kept = min(size, array.size)

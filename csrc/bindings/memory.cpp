@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "fastnorm/plan.hpp"
 #include "fastnorm/pool.hpp"
 
 namespace py = pybind11;
@@ -46,11 +47,14 @@ static_assert(offsetof(Handler, context) == 128);
 constexpr int kKeepOrder = 2;
 constexpr char kCapsuleName[] = "mem_handler";
 
+// How far into a line the next output of this thread is to begin.
+thread_local size_t begun = 0;
+
 Handler handler = {
     "fastnorm",
     1,
     nullptr,
-    [](void*, size_t size) { return fastnorm::pool_allocate(size); },
+    [](void*, size_t size) { return fastnorm::pool_allocate(size, begun); },
     [](void*, size_t count, size_t size) { return std::calloc(count, size); },
     [](void*, void* address, size_t size) { return fastnorm::pool_reallocate(address, size); },
     [](void*, void* address, size_t) { fastnorm::pool_free(address); },
@@ -78,7 +82,8 @@ const NumPy& numpy() {
 // While it lives, arrays that this thread makes take their memory from the pool. A handler of the user's own stays.
 class FromPool {
  public:
-  FromPool() {
+  explicit FromPool(size_t begun_at) {
+    begun = begun_at;
     const auto current = py::reinterpret_steal<py::object>(numpy().get_handler());
     if (current.ptr() != numpy().default_handler) return;
     previous_ = set(numpy().our_handler);
@@ -101,15 +106,20 @@ py::array empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
   size_t bytes = static_cast<size_t>(dtype.itemsize());
   for (const auto length : shape) bytes *= static_cast<size_t>(length);
   std::optional<FromPool> scope;
-  if (fastnorm::pooled(bytes)) scope.emplace();
+  if (fastnorm::pooled(bytes)) scope.emplace(0);
   return py::array(dtype, shape);
 }
 
-// numpy.empty_like(prototype, dtype, subok=False)
+// numpy.empty_like(prototype, dtype, subok=False), which begins as far into a line as the prototype does, if it fits a
+// cache: vectors of both are then aligned. NumPy's large arrays begin 16 bytes after a page. Two threads, us, output
+// where a line begins and like this: LayerNorm (1024, 1024) forward 51.9 and 46.5, backward 102 and 93, GroupNorm (16,
+// 512, 14, 14) backward 169 and 150; but past the cache BatchNorm (64, 512, 28, 28) backward 6860 and 7040.
 py::object empty_like(const py::array& prototype, const std::optional<py::dtype>& dtype) {
   const auto itemsize = dtype ? dtype->itemsize() : prototype.itemsize();
   std::optional<FromPool> scope;
-  if (fastnorm::pooled(static_cast<size_t>(prototype.size() * itemsize))) scope.emplace();
+  const size_t bytes = static_cast<size_t>(prototype.size() * itemsize);
+  if (fastnorm::pooled(bytes))
+    scope.emplace(fastnorm::streams(bytes, 2) ? 0 : reinterpret_cast<size_t>(prototype.data()));
   PyObject* const wanted = dtype ? dtype->inc_ref().ptr() : nullptr;  // new_like_array takes the reference
   PyObject* const made = numpy().new_like_array(prototype.ptr(), kKeepOrder, wanted, 0);
   if (made == nullptr) throw py::error_already_set();

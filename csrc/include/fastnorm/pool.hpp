@@ -23,8 +23,9 @@ struct PoolState {
 // Whether an output of this size is worth a block: never with a limit of 0.
 bool pooled(std::size_t size);
 
-// malloc, realloc and free. Pointers from malloc are welcome in the latter two. nullptr where memory is short.
-void* pool_allocate(std::size_t size) noexcept;
+// malloc, realloc and free. Pointers from malloc are welcome in the latter two. nullptr where memory is short. A
+// block's output begins `begun` bytes into a line.
+void* pool_allocate(std::size_t size, std::size_t begun) noexcept;
 void* pool_reallocate(void* address, std::size_t size) noexcept;
 void pool_free(void* address) noexcept;
 
