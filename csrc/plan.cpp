@@ -106,10 +106,6 @@ Cut cut_channels(ChannelShape shape) {
 
 Cut cut_weighted(ChannelShape shape) { return cut_up(shape, shape.inner == 1); }
 
-Cut cut_written(ChannelShape shape, bool stream) {
-  return stream || shape.inner <= kWrittenRun ? cut_channels(shape) : cut_up(shape, false);
-}
-
 bool streams(std::size_t bytes, std::size_t arrays) { return bytes >= caches().l3 * 2 / (arrays == 1 ? 5 : 8); }
 
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
@@ -168,6 +164,24 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   plan.slab = cut.side_by_side ? shape.channels : 1;
   plan.passes = plan.slab * channel_bytes <= caches().l3 / 2 ? 1 : 2;
   return plan;
+}
+
+WritingPlan plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
+  WritingPlan written{plan_channels(shape, itemsize, arrays, threads), cut_channels(shape)};
+  ChannelPlan& plan = written.plan;
+  Cut& cut = written.cut;
+  if (cut.side_by_side && !plan.stream && shape.inner > kWrittenRun) cut = cut_up(shape, false);
+  const std::size_t elements = shape.outer * shape.channels * shape.inner;
+  const bool slabs_in_line = shape.outer == 1 && cut.pieces == 1;
+  if (cut.side_by_side || slabs_in_line || elements * itemsize * (arrays + 1) <= caches().l2) return written;
+  cut.in_line = true;
+  cut.units = shape.outer * shape.channels * cut.pieces;
+  cut.per_group = std::max(ceil_div(cut.units, kMaxGroups), ceil_div(kWrittenTask, cut.piece));
+  cut.groups = ceil_div(cut.units, cut.per_group);
+  plan.slab = shape.channels;
+  plan.team = !plan.serial;
+  plan.passes = 1;
+  return written;
 }
 
 std::size_t bundle_of(GroupShape shape) {

@@ -156,10 +156,19 @@ def test_workers_with_merged_moments_and_summed_sums(shape, workers, arrangement
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("shape", [(9, 5, 5, 5), (8, 3, 7, 4), (40, 12, 14, 14), (8, 40, 3, 3)], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (9, 5, 5, 5), (8, 3, 7, 4), (40, 12, 14, 14), (8, 40, 3, 3), (5, 300, 14, 14), (3, 77, 33, 41),
+        (3, 7, 100, 101), (1, 7, 300, 200),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pieces_have_the_bits_of_the_fused_ops(dtype, shape, affine):
-    """Also of short runs, which the C++ kernels walk otherwise where they only write."""
+def test_pieces_have_the_bits_of_the_fused_ops(dtype, shape, threads, affine):
+    """Also of runs, which the C++ kernels walk otherwise where they only write."""
+    fastnorm.set_num_threads(threads)
     x, gamma, beta, dout = case("batchnorm", shape, dtype=dtype).inputs()
     gamma, beta = (gamma, beta) if affine else (None, None)
     found = fastnorm.moments(x, (0, 2, 3), keepdims=True, backend="cpp")

@@ -143,7 +143,7 @@ struct ChannelCall {
     layout.first = first_slab();
     layout.widest = std::max(plan.slab, layout.first);
     layout.room = geometry.spread_length(layout.widest) + kPadding<A>;
-    size_t groups = this->groups();
+    size_t groups = geometry.cut.in_line ? 0 : this->groups();  // none where it only writes
     if (joins()) {
       layout.joined = cut_channels(joined_shape());
       groups = std::max(groups, layout.joined.groups);
@@ -466,7 +466,8 @@ struct ChannelCall {
                               : n + at_once < last ? slab_start(n + at_once, first)
                               : next_task < tasks  ? task_start(next_task)
                                                    : here;
-          passes(call, call.slab_at(i, last - n, next - here, partial, lines), loop, workspace);
+          const size_t ahead = geometry.cut.in_line ? kReadAhead : next - here;
+          passes(call, call.slab_at(i, last - n, ahead, partial, lines), loop, workspace);
         }
       }
     };
@@ -519,11 +520,12 @@ struct Channel {
   static void call(ChannelShape shape, size_t arrays, const T* dy, const T* x, double* mean, double* var, double eps,
                    const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, double divisor, T* out,
                    Passes passes, bool only_writes = false) {
-    const ChannelPlan plan = plan_channels(shape, sizeof(T), arrays, num_threads());
-    const Cut cut = only_writes ? cut_written(shape, plan.stream) : cut_channels(shape);
-    with_geometry<T>(shape, cut, [&](auto geometry) {
+    const WritingPlan how =
+        only_writes ? plan_written(shape, sizeof(T), arrays, num_threads())
+                    : WritingPlan{plan_channels(shape, sizeof(T), arrays, num_threads()), cut_channels(shape)};
+    with_geometry<T>(shape, how.cut, [&](auto geometry) {
       ChannelCall<decltype(geometry), T> call{geometry,
-                                              plan,
+                                              how.plan,
                                               1,
                                               1,
                                               dy,

@@ -57,6 +57,8 @@ constexpr std::size_t kShortRun = 256;
 constexpr std::size_t kRowsOfShortRuns = 8;
 // Shorter ones than this are also where a pass only writes.
 constexpr std::size_t kWrittenRun = 24;
+// Elements that a task of a pass that only writes has at least.
+constexpr std::size_t kWrittenTask = 1 << 14;
 // Rows of a block where channels lie side by side.
 constexpr std::size_t kChunkRows = 64;
 // Elements that a row should have there: rows of fewer are folded, several treated as one.
@@ -93,16 +95,12 @@ struct Cut {
   std::size_t units;      // in all
   std::size_t per_group;  // units a group
   std::size_t groups;
+  bool in_line;  // units are runs, or pieces of them, of all rows and channels in the order of memory
 };
 
 Cut cut_channels(ChannelShape shape);
 // The same for moments with weights: short runs stay runs, since weights of positions repeat with them.
 Cut cut_weighted(ChannelShape shape);
-// The same for passes that only write, whose bits it does not change: through the cache runs of more than kWrittenRun
-// stay runs. Two threads, us: apply of (16, 512, 7, 7) 21 and 16, of (64, 64, 5, 5) 6.2 and 4.0, backward apply of (16,
-// 512, 14, 14) 125 and 109; but (16, 512, 4, 4) 11 and 15, and past the cache (64, 1024, 14, 14) 1900 and 2090.
-Cut cut_written(ChannelShape shape, bool stream);
-
 struct ChannelPlan {
   std::size_t slab;    // channels whose second pass should find their data in cache
   bool team;           // all threads on one slab, split by groups; else a slab a thread
@@ -113,6 +111,18 @@ struct ChannelPlan {
 
 // `arrays` is the number of arrays read: 1 forward, 2 backward.
 ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
+
+// The same for passes that only write, whose bits their cut does not change. Runs that leave L2 are written in the
+// order of memory, all channels, by all threads. Two threads, us, slabs of channels and this: apply of (8, 32, 112,
+// 112) 224 and 146, of (64, 256, 14, 14) 251 and 159, backward apply of it 742 and 568, past the cache (64, 64, 112,
+// 112) 8030 and 7030; but in L2 (2, 256, 14, 14) 4.3 and 4.9. Channels side by side take as long either way. Through
+// the cache runs of more than kWrittenRun stay runs: apply of (16, 512, 7, 7) 21 and 16, of (64, 64, 5, 5) 6.2 and 4.0;
+// but (16, 512, 4, 4) 11 and 15, and past the cache (64, 1024, 14, 14) 1900 and 2090.
+struct WritingPlan {
+  ChannelPlan plan;
+  Cut cut;
+};
+WritingPlan plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
 // The same for samples of channels that share statistics: `slab` channels of one sample, or all of several that lie one
 // after the other.

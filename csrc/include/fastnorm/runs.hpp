@@ -87,20 +87,29 @@ struct Runs {
                                   const Of& line, const Value& value) const {
     const bool adjacent = !past_cache && cut.pieces == 1 && shape.inner >= kLanes<A>;
     Writer<T> writer(past_cache);
-    for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
-      const Unit u = unit_at(shape, cut, i);
-      for (size_t r = 0; r < u.rows; ++r) {
-        if (adjacent) {
-          write_row<count>(place(u, c0) + r * stride(), c1 - c0, out, line, value);
-          continue;
-        }
-        for (size_t c = c0; c < c1; ++c) {
-          const size_t at = place(u, c) + r * stride();
-          const Line<count> own = line(c - c0);
-          writer.run(out + at, u.length, fetch(at),
-                     [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA { return value(at + j, how, own); });
-        }
+    // `width` runs of `length` from offset `at` on, the first of them of channel c.
+    const auto write = [&](size_t at, size_t c, size_t width, size_t length) FASTNORM_INLINE_LAMBDA {
+      if (adjacent)
+        return write_row<count>(at, width, out, [&](size_t k) FASTNORM_INLINE_LAMBDA { return line(c + k); }, value);
+      for (size_t k = 0; k < width; ++k, at += shape.inner) {
+        const Line<count> own = line(c + k);
+        writer.run(out + at, length, fetch(at),
+                   [&](size_t j, auto how) FASTNORM_INLINE_LAMBDA { return value(at + j, how, own); });
       }
+    };
+    size_t i = first_unit(cut, g);
+    const size_t end = last_unit(cut, g);
+    if (cut.in_line) {
+      for (size_t width; i < end; i += width) {
+        const size_t run = i / cut.pieces, piece = i % cut.pieces, c = run % shape.channels, begun = piece * cut.piece;
+        width = cut.pieces > 1 ? 1 : std::min(end - i, shape.channels - c);
+        write(run * shape.inner + begun, c, width, std::min(cut.piece, shape.inner - begun));
+      }
+      return;
+    }
+    for (; i < end; ++i) {
+      const Unit u = unit_at(shape, cut, i);
+      for (size_t r = 0; r < u.rows; ++r) write(place(u, c0) + r * stride(), 0, c1 - c0, u.length);
     }
   }
 
