@@ -52,23 +52,21 @@ class Philox {
     }
   }
 
-  // Which numbers of stream 0 are below the limit and which equal it, from those of this counter on. Whether any is
-  // equal.
-  FASTNORM_INLINE bool compare(uint64_t counter, uint16_t limit, Bits& below, Bits& equal) const {
-    Numbers found[kVectors][2];
-    draw(counter, found);
-    constexpr int kEach = kCounters * kNumbers;  // bits of a vector of counters
-    below = equal = Bits{};
-    uint64_t any = 0;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const auto& [w01, w23] = found[v];
-      below.word[v * kEach / 64] |= in_order(are_below(w01, limit), are_below(w23, limit)) << v * kEach % 64;
-      const uint64_t same = in_order(are(w01, limit), are(w23, limit));
-      equal.word[v * kEach / 64] |= same << v * kEach % 64;
-      any |= same;
-    }
-    return any != 0;
+  // Which numbers of stream 0 are below the limit, from those of this counter on. Whether any is equal to it.
+  FASTNORM_INLINE bool compare(uint64_t counter, uint16_t limit, Bits& below) const {
+    Ties first, second;
+    below = bits_of(counter, [&](Numbers w01, Numbers w23) FASTNORM_INLINE_LAMBDA {
+      first.look(w01, limit);
+      second.look(w23, limit);
+      return in_order(are_below(w01, limit), are_below(w23, limit));
+    });
+    return first.any() || second.any();
+  }
+
+  // Which are equal to it: drawn once more, since there is one every 65,536 numbers.
+  __attribute__((noinline, cold)) Bits equal(uint64_t counter, uint16_t limit) const {
+    return bits_of(counter, [&](Numbers w01, Numbers w23)
+                                FASTNORM_INLINE_LAMBDA { return in_order(are(w01, limit), are(w23, limit)); });
   }
 
   // Number j of a counter.
@@ -96,6 +94,18 @@ class Philox {
 #else
     return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
+  }
+
+  // Bits of the numbers from this counter on: of(words 0 and 1, words 2 and 3) gives those of a vector of counters.
+  template <class Of>
+  FASTNORM_INLINE Bits bits_of(uint64_t counter, const Of& of) const {
+    Numbers found[kVectors][2];
+    draw(counter, found);
+    constexpr int kEach = kCounters * kNumbers;
+    Bits bits{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) bits.word[v * kEach / 64] |= of(found[v][0], found[v][1]) << v * kEach % 64;
+    return bits;
   }
 
   // Words 0 and 1 of these counters, and words 2 and 3, a counter in each 64-bit lane.
@@ -139,12 +149,35 @@ class Philox {
   static FASTNORM_INLINE uint64_t are(Numbers v, uint16_t limit) {
     return _mm512_cmpeq_epu16_mask((__m512i)v, _mm512_set1_epi16(static_cast<short>(limit)));
   }
+  class Ties {
+   public:
+    FASTNORM_INLINE void look(Numbers v, uint16_t limit) {
+      none_ = _mm512_mask_cmpneq_epu16_mask(none_, (__m512i)v, _mm512_set1_epi16(static_cast<short>(limit)));
+    }
+    FASTNORM_INLINE bool any() const { return none_ != 0xffffffff; }
+
+   private:
+    __mmask32 none_ = 0xffffffff;
+  };
   static FASTNORM_INLINE uint64_t in_order(uint64_t first, uint64_t second) {
     return _pdep_u64(first, 0x0f0f0f0f0f0f0f0f) | _pdep_u64(second, 0xf0f0f0f0f0f0f0f0);
   }
 #else
   static FASTNORM_INLINE Numbers are_below(Numbers v, uint16_t limit) { return (Numbers)(v < limit); }
   static FASTNORM_INLINE Numbers are(Numbers v, uint16_t limit) { return (Numbers)(v == limit); }
+  class Ties {
+   public:
+    FASTNORM_INLINE void look(Numbers v, uint16_t limit) { found_ |= are(v, limit); }
+    FASTNORM_INLINE bool any() const {
+      const Wide words = (Wide)found_;
+      uint64_t all = 0;
+      for (int i = 0; i < kCounters; ++i) all |= words[i];
+      return all != 0;
+    }
+
+   private:
+    Numbers found_{};
+  };
   static FASTNORM_INLINE uint64_t in_order(Numbers first, Numbers second) {
 #if FASTNORM_AVX2  // a byte of a number: in 16 bytes two counters of `first`, then two of `second`, four bytes each
     const __m256i bytes = _mm256_packs_epi16((__m256i)first, (__m256i)second);
