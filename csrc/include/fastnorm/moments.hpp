@@ -132,7 +132,7 @@ FASTNORM_INLINE void four_moments(const T* x, size_t length, Moments (&found)[4]
     lanes[k] = lanes_around(pivots[k], x + k * length, 1, 0, some).sum;
   }
   double sum[4], square[4];
-  totals<A>(lanes, sum);
+  store_four(sum, totals<A>(lanes));
 #pragma GCC unroll 4
   for (size_t k = 0; k < 4; ++k) {
     pivots[k] += broadcast(static_cast<A>(sum[k] * pivot_share));
@@ -140,8 +140,8 @@ FASTNORM_INLINE void four_moments(const T* x, size_t length, Moments (&found)[4]
     lanes[k] = around.sum;
     squares[k] = around.square;
   }
-  totals<A>(lanes, sum);
-  totals<A>(squares, square);
+  store_four(sum, totals<A>(lanes));
+  store_four(square, totals<A>(squares));
 #pragma GCC unroll 4
   for (size_t k = 0; k < 4; ++k) {
     const double off = sum[k] * (sum[k] * share), m2 = square[k] - off;

@@ -204,11 +204,8 @@ struct Runs {
             grads[k] = found.grad;
             products[k] = found.product;
           }
-          double grad[4], product[4];
-          totals<A>(grads, grad);
-          totals<A>(products, product);
-          add(sum_dy + c, grad, 4);
-          add(sum_dyx + c, product, 4);
+          add_four(sum_dy + c, totals<A>(grads));
+          add_four(sum_dyx + c, totals<A>(products));
         }
         for (; c < c1 - c0; ++c) {
           const Products found = products_of_channel(c);

@@ -427,12 +427,14 @@ FASTNORM_INLINE double total(Vector<A> v) {
   return static_cast<double>(v[0]);
 }
 
+typedef double FourDoubles __attribute__((vector_size(4 * sizeof(double))));
+
 // `total` of four at once, the same bits with less than half of the shuffles: a vector holds sums of two, then of all.
 template <class A>
-FASTNORM_INLINE void totals(const Vector<A> (&v)[4], double (&to)[4]) {
+FASTNORM_INLINE FourDoubles totals(const Vector<A> (&v)[4]) {
   constexpr Index<A> n = static_cast<Index<A>>(kLanes<A>);
   if constexpr (n < 4) {
-    for (int i = 0; i < 4; ++i) to[i] = total<A>(v[i]);
+    return FourDoubles{total<A>(v[0]), total<A>(v[1]), total<A>(v[2]), total<A>(v[3])};
   } else {
     // The first `size` lanes of every two times as many, of one vector and the other in turn, and the second ones,
     // added. Lanes of the other one count from n.
@@ -447,12 +449,17 @@ FASTNORM_INLINE void totals(const Vector<A> (&v)[4], double (&to)[4]) {
     // They are in lanes 0, n/2, n/4 and 3n/4.
     all = __builtin_shuffle(all, ((lane & 1) * 2 + (lane >> 1 & 1)) * (n / 4));
     typedef A Four __attribute__((vector_size(4 * sizeof(A))));
-    typedef double Doubles __attribute__((vector_size(4 * sizeof(double))));
     Four four;
     std::memcpy(&four, &all, sizeof four);
-    const Doubles found = __builtin_convertvector(four, Doubles);
-    std::memcpy(to, &found, sizeof found);
+    return __builtin_convertvector(four, FourDoubles);
   }
+}
+
+FASTNORM_INLINE void store_four(double* to, FourDoubles v) { std::memcpy(to, &v, sizeof v); }
+FASTNORM_INLINE void add_four(double* to, FourDoubles more) {
+  FourDoubles sums;
+  std::memcpy(&sums, to, sizeof sums);
+  store_four(to, sums + more);
 }
 
 // Whether a lane has a bit set.
