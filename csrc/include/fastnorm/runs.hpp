@@ -12,6 +12,10 @@ struct Runs {
   // Runs of at most so many elements have their moments taken four at a time: longer ones leave a first-level cache.
   static constexpr size_t kInFours = kChunk / 4;
 
+  // Runs of at most so many vectors have their products summed without a loop: (2, 512, 7, 7) backward 13.8 to 12.0 us
+  // on one core, (16, 256, 100) 49.0 to 47.6 on two.
+  static constexpr size_t kNoLoop = 8;
+
   ChannelShape shape;
   Cut cut;
 
@@ -167,17 +171,20 @@ struct Runs {
     }
     return {combined(grads), combined(products)};
   }
-  // The same of one run of so many vectors, up to four: they are added to nothing, and the run has no loop.
+  // The same of one run of so many vectors, without a loop, the first ones added to nothing.
   template <size_t vectors>
   FASTNORM_INLINE Products products_of(const T* dy, const T* x, const Unit& u, size_t c, A centre_of_c) const {
     constexpr size_t lanes = kLanes<A>;
     const Vector<A> centre = broadcast(centre_of_c);
     const size_t at = place(u, c), rest = u.length - (vectors - 1) * lanes;
-    Vector<A> grads[vectors], products[vectors];
+    constexpr size_t sums = std::min<size_t>(vectors, 4);
+    Vector<A> grads[sums], products[sums];
     repeat<vectors>([&](auto k) FASTNORM_INLINE_LAMBDA {
+      constexpr size_t to = k % sums;
       const auto take = [&](auto how) FASTNORM_INLINE_LAMBDA {
-        grads[k] = how.load(dy + at + k * lanes);
-        products[k] = grads[k] * (how.load(x + at + k * lanes, centre) - centre);
+        const Vector<A> grad = how.load(dy + at + k * lanes), centred = how.load(x + at + k * lanes, centre) - centre;
+        grads[to] = k < sums ? grad : grads[to] + grad;
+        products[to] = k < sums ? grad * centred : mul_add(grad, centred, products[to]);
       };
       if (k + 1 < vectors || rest == lanes)
         take(Whole{});
@@ -216,23 +223,12 @@ struct Runs {
       const auto add_runs_of = [&](auto vectors) FASTNORM_INLINE_LAMBDA {
         add_all([&](size_t c) FASTNORM_INLINE_LAMBDA { return products_of<vectors>(dy, x, u, c0 + c, centres[c]); });
       };
-      using std::integral_constant;
-      switch (u.rows == 1 ? (u.length + kLanes<A> - 1) / kLanes<A> : 0) {
-        case 1:
-          add_runs_of(integral_constant<size_t, 1>{});
-          break;
-        case 2:
-          add_runs_of(integral_constant<size_t, 2>{});
-          break;
-        case 3:
-          add_runs_of(integral_constant<size_t, 3>{});
-          break;
-        case 4:
-          add_runs_of(integral_constant<size_t, 4>{});
-          break;
-        default:
-          add_all([&](size_t c) FASTNORM_INLINE_LAMBDA { return products(dy, x, u, c0 + c, centres[c]); });
-      }
+      const size_t vectors = u.rows == 1 ? (u.length + kLanes<A> - 1) / kLanes<A> : 0;
+      if (vectors == 0 || vectors > kNoLoop)
+        add_all([&](size_t c) FASTNORM_INLINE_LAMBDA { return products(dy, x, u, c0 + c, centres[c]); });
+      repeat<kNoLoop>([&](auto fewer) FASTNORM_INLINE_LAMBDA {
+        if (vectors == fewer + 1) add_runs_of(std::integral_constant<size_t, fewer + 1>{});
+      });
     }
   }
 
