@@ -166,8 +166,8 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   return plan;
 }
 
-WritingPlan plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
-  WritingPlan written{plan_channels(shape, itemsize, arrays, threads), cut_channels(shape)};
+Walk plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
+  Walk written{plan_channels(shape, itemsize, arrays, threads), cut_channels(shape)};
   ChannelPlan& plan = written.plan;
   Cut& cut = written.cut;
   if (cut.side_by_side && !plan.stream && shape.inner > kWrittenRun) cut = cut_up(shape, false);

@@ -512,6 +512,32 @@ inline void with_geometry(const ChannelShape& shape, const Cut& cut, F f) {
     f(Runs<T>{shape, cut});
 }
 
+// Runs a call on samples whose statistics are of `span` channels each, with the geometry that walks them.
+template <class T, class Passes>
+inline void run_call(const ChannelShape& sample, size_t samples, size_t span, const Walk& walk, const T* dy, const T* x,
+                     double* mean, double* var, double eps, const void* gamma, const void* beta, double* sum_dy,
+                     double* sum_dy_xhat, double divisor, T* out, Passes passes) {
+  using A = Acc<T>;
+  with_geometry<T>(sample, walk.cut, [&](auto geometry) {
+    ChannelCall<decltype(geometry), T> call{geometry,
+                                            walk.plan,
+                                            samples,
+                                            span,
+                                            dy,
+                                            x,
+                                            mean,
+                                            var,
+                                            eps,
+                                            static_cast<const A*>(gamma),
+                                            static_cast<const A*>(beta),
+                                            sum_dy,
+                                            sum_dy_xhat,
+                                            divisor,
+                                            out};
+    call.run(passes);
+  });
+}
+
 template <class T>
 struct Channel {
   using A = Acc<T>;
@@ -520,27 +546,9 @@ struct Channel {
   static void call(ChannelShape shape, size_t arrays, const T* dy, const T* x, double* mean, double* var, double eps,
                    const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, double divisor, T* out,
                    Passes passes, bool only_writes = false) {
-    const WritingPlan how =
-        only_writes ? plan_written(shape, sizeof(T), arrays, num_threads())
-                    : WritingPlan{plan_channels(shape, sizeof(T), arrays, num_threads()), cut_channels(shape)};
-    with_geometry<T>(shape, how.cut, [&](auto geometry) {
-      ChannelCall<decltype(geometry), T> call{geometry,
-                                              how.plan,
-                                              1,
-                                              1,
-                                              dy,
-                                              x,
-                                              mean,
-                                              var,
-                                              eps,
-                                              static_cast<const A*>(gamma),
-                                              static_cast<const A*>(beta),
-                                              sum_dy,
-                                              sum_dy_xhat,
-                                              divisor,
-                                              out};
-      call.run(passes);
-    });
+    const Walk walk = only_writes ? plan_written(shape, sizeof(T), arrays, num_threads())
+                                  : Walk{plan_channels(shape, sizeof(T), arrays, num_threads()), cut_channels(shape)};
+    run_call(shape, 1, 1, walk, dy, x, mean, var, eps, gamma, beta, sum_dy, sum_dy_xhat, divisor, out, passes);
   }
 
   static void moments(const T* x, ChannelShape shape, double* mean, double* var) {

@@ -17,26 +17,10 @@ struct Group {
   static void call(const GroupShape& shape, size_t arrays, const T* dy, const T* x, double* mean, double* var,
                    double eps, const void* gamma, const void* beta, double* sum_dy, double* sum_dy_xhat, T* out,
                    Passes passes) {
-    const ChannelPlan plan = plan_groups(shape, sizeof(T), arrays, num_threads());
+    const Walk walk{plan_groups(shape, sizeof(T), arrays, num_threads()), cut_channels(shape.sample())};
     const double count = static_cast<double>(shape.span() * shape.outer * shape.inner);
-    with_geometry<T>(shape.sample(), cut_channels(shape.sample()), [&](auto geometry) {
-      ChannelCall<decltype(geometry), T> call{geometry,
-                                              plan,
-                                              shape.samples,
-                                              shape.span(),
-                                              dy,
-                                              x,
-                                              mean,
-                                              var,
-                                              eps,
-                                              static_cast<const A*>(gamma),
-                                              static_cast<const A*>(beta),
-                                              sum_dy,
-                                              sum_dy_xhat,
-                                              count,
-                                              out};
-      call.run(passes);
-    });
+    run_call(shape.sample(), shape.samples, shape.span(), walk, dy, x, mean, var, eps, gamma, beta, sum_dy, sum_dy_xhat,
+             count, out, passes);
   }
 
   static void moments(const T* x, const GroupShape& shape, double* mean, double* var) {

@@ -101,12 +101,19 @@ struct Cut {
 Cut cut_channels(ChannelShape shape);
 // The same for moments with weights: short runs stay runs, since weights of positions repeat with them.
 Cut cut_weighted(ChannelShape shape);
+
 struct ChannelPlan {
   std::size_t slab;    // channels whose second pass should find their data in cache
   bool team;           // all threads on one slab, split by groups; else a slab a thread
   bool stream;         // stores bypass the cache
   bool serial;         // too little work to wake threads for
   std::size_t passes;  // times that each input comes from memory: 2 where no slab fits a cache
+};
+
+// How a call walks its channels.
+struct Walk {
+  ChannelPlan plan;
+  Cut cut;
 };
 
 // `arrays` is the number of arrays read: 1 forward, 2 backward.
@@ -118,11 +125,7 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
 // 112) 8030 and 7030; but in L2 (2, 256, 14, 14) 4.3 and 4.9. Channels side by side take as long either way. Through
 // the cache runs of more than kWrittenRun stay runs: apply of (16, 512, 7, 7) 21 and 16, of (64, 64, 5, 5) 6.2 and 4.0;
 // but (16, 512, 4, 4) 11 and 15, and past the cache (64, 1024, 14, 14) 1900 and 2090.
-struct WritingPlan {
-  ChannelPlan plan;
-  Cut cut;
-};
-WritingPlan plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
+Walk plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
 // The same for samples of channels that share statistics: `slab` channels of one sample, or all of several that lie one
 // after the other.
