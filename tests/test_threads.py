@@ -58,8 +58,8 @@ def test_equal_bits_for_any_number_of_threads(op, shape, arrangement, dtype, bac
     assert [_differences(results, found[0]) for results in found[1:]] == [{}, {}, {}]
 
 
-PLACES = ((0, 0), (4, 4), (1, 3), (5, 0))
-"""Elements from a line of the cache to where x and dout begin, and out and dx."""
+PLACES = ((0, 0, 0), (4, 4, 4), (1, 1, 3), (5, 5, 0), (4, 9, 4))
+"""Elements from a line of the cache to where x begins, dout, and out and dx."""
 
 
 def _moved(values, offset):
@@ -72,17 +72,17 @@ def _moved(values, offset):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize(
-    "shape", [(300, 1024), (70, 1040), (2000, 64), (64, 32, 7, 7), (20, 17, 7, 7), (4096, 1024)], ids=str
+    "shape", [(300, 1024), (70, 1040), (300, 500), (2000, 64), (64, 32, 7, 7), (20, 17, 7, 7), (4096, 1024)], ids=str
 )
 def test_equal_bits_wherever_arrays_begin(shape, dtype, rng, backend):
     x, dout = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
     gamma, beta = rng.standard_normal((2, shape[1])).astype(dtype)
     forward, backward = fastnorm.batchnorm_forward, fastnorm.batchnorm_backward
     found = set()
-    for of_x, of_out in PLACES:
+    for of_x, of_dout, of_out in PLACES:
         out, dx = _moved(x, of_out), _moved(x, of_out)
         _, cache = forward(_moved(x, of_x), gamma, beta, {"mode": "train"}, axis=1, out=out, backend=backend)
-        _, *sums = backward(_moved(dout, of_x), cache, out=dx, backend=backend)
+        _, *sums = backward(_moved(dout, of_dout), cache, out=dx, backend=backend)
         found.add(b"".join(values.tobytes() for values in (out, dx, *sums)))
     assert len(found) == 1
 
@@ -95,8 +95,8 @@ def test_rows_have_equal_bits_wherever_arrays_begin(shape, dtype, rng, backend):
     x, dout = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
     gamma, beta = rng.standard_normal((2, shape[1])).astype(dtype)
     found: dict[str, set[bytes]] = {"layernorm": set(), "rmsnorm": set()}
-    for of_x, of_out in PLACES:
-        there, dout_there = _moved(x, of_x), _moved(dout, of_x)
+    for of_x, of_dout, of_out in PLACES:
+        there, dout_there = _moved(x, of_x), _moved(dout, of_dout)
         for op, given in ("layernorm", (gamma, beta)), ("rmsnorm", (gamma,)):
             forward, backward = getattr(fastnorm, f"{op}_forward"), getattr(fastnorm, f"{op}_backward")
             out, dx = _moved(x, of_out), _moved(x, of_out)
@@ -137,10 +137,10 @@ def test_groups_have_equal_bits_wherever_arrays_begin(shape, groups, dtype, rng,
     x, dout = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
     gamma, beta = rng.standard_normal((2, shape[-1])).astype(dtype)
     found = set()
-    for of_x, of_out in PLACES:
+    for of_x, of_dout, of_out in PLACES:
         out, dx = _moved(x, of_out), _moved(x, of_out)
         _, cache = fastnorm.groupnorm_forward(_moved(x, of_x), gamma, beta, groups, axis=-1, out=out, backend=backend)
-        _, *sums = fastnorm.groupnorm_backward(_moved(dout, of_x), cache, out=dx, backend=backend)
+        _, *sums = fastnorm.groupnorm_backward(_moved(dout, of_dout), cache, out=dx, backend=backend)
         found.add(b"".join(values.tobytes() for values in (out, dx, *sums)))
     assert len(found) == 1
 

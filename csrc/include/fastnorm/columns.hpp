@@ -1,7 +1,9 @@
 // Channels side by side: vectors across channels, sums down the rows.
 #pragma once
 
+#include <array>
 #include <limits>
+#include <utility>
 
 #include "fastnorm/coefficients.hpp"
 
@@ -34,6 +36,7 @@ struct Columns {
   Cut cut;
 
   size_t row_length() const { return shape.channels * shape.inner; }
+  bool aligned_alike() const { return row_length() * sizeof(T) % kLineBytes == 0; }
   // Elements from those being summed to those being fetched, of each of `arrays`; 0: none are. Rows of all channels
   // are one run: not among those taken together. With each row of a slab the processor's own fetching begins anew: the
   // rows after the next ones are fetched, but not of two arrays, of which most fetches are dropped.
@@ -90,7 +93,7 @@ struct Columns {
   // after a line, on one core: (262144, 64) apply 3.1 to 2.6 ms, (6272, 256) backward in a cache 477 to 337 us.
   size_t shift(const T* block) const {
     static_assert(kPadding<A> >= kLanes<A>);
-    if (row_length() * sizeof(T) % kLineBytes != 0) return 0;
+    if (!aligned_alike()) return 0;
     return reinterpret_cast<std::uintptr_t>(block) % (kLanes<A> * sizeof(T)) / sizeof(T);
   }
   // Columns before their first whole aligned vector.
@@ -98,18 +101,22 @@ struct Columns {
 
   // Adds rows [0, rows) to `count` sums by column, `together` rows at a time: as many streams for the prefetcher, and
   // the sums are read and written once for all of them; `wide` vectors of each row after one another.
-  // add(row, at, c, how, sums): the vector at offset `at`, of this row and column c.
-  template <size_t together, size_t wide, size_t count, class F>
-  FASTNORM_INLINE static void sum_rows(size_t rows, size_t stride, size_t n, size_t lead, A* const (&sums)[count],
-                                       const F& add) {
+  // add(row, at, c, value, how, sums): the vector at offset `at`, of this row and column c, which in `from` is `value`.
+  // With `by_lines` AlignedReader reads it, which reaches into the rows before and after.
+  template <size_t together, size_t wide, bool by_lines, size_t count, class F>
+  FASTNORM_INLINE static void sum_rows(const T* from, size_t rows, size_t stride, size_t n, size_t lead,
+                                       A* const (&sums)[count], const F& add) {
     size_t r = 0;
-    for (; r + together <= rows; r += together) sum_some<together, wide>(r, stride, n, lead, sums, add);
-    for (; r < rows; ++r) sum_some<1, 1>(r, stride, n, lead, sums, add);
+    if constexpr (by_lines)
+      for (; r + together < rows; r += together) sum_some<together, wide, true>(from, r, stride, n, lead, sums, add);
+    for (; r + together <= rows; r += together) sum_some<together, wide, false>(from, r, stride, n, lead, sums, add);
+    for (; r < rows; ++r) sum_some<1, 1, false>(from, r, stride, n, lead, sums, add);
   }
 
-  template <size_t together, size_t wide, size_t count, class F>
-  FASTNORM_INLINE static void sum_some(size_t r, size_t stride, size_t n, size_t lead, A* const (&sums)[count],
-                                       const F& add) {
+  template <size_t together, size_t wide, bool by_lines, size_t count, class F>
+  FASTNORM_INLINE static void sum_some(const T* from, size_t r, size_t stride, size_t n, size_t lead,
+                                       A* const (&sums)[count], const F& add) {
+    auto readers = readers_of(from + r * stride + lead, stride, std::make_index_sequence<by_lines ? together : 0>());
     for_columns<A, wide>(n, lead, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
       Vector<A> even[width][count], odd[width][count] = {};
       repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
@@ -118,8 +125,13 @@ struct Columns {
       });
       repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t j = i / width, v = i % width;
-        const size_t column = c + v * kLanes<A>;
-        add(r + j, (r + j) * stride + column, column, how, j % 2 == 0 ? even[v] : odd[v]);
+        const size_t column = c + v * kLanes<A>, at = (r + j) * stride + column;
+        Vector<A> value;
+        if constexpr (by_lines && std::is_same_v<decltype(how), Whole>)
+          value = readers[j].next();
+        else
+          value = how.load(from + at);
+        add(r + j, at, column, value, how, j % 2 == 0 ? even[v] : odd[v]);
       });
       repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t v = i / count, k = i % count;
@@ -128,17 +140,35 @@ struct Columns {
     });
   }
 
+  template <size_t... j>
+  FASTNORM_INLINE static std::array<AlignedReader<T>, sizeof...(j)> readers_of([[maybe_unused]] const T* from,
+                                                                               [[maybe_unused]] size_t stride,
+                                                                               std::index_sequence<j...>) {
+    return {AlignedReader<T>(from + j * stride)...};
+  }
+
   // Sums of all rows of a block of n channels: folded rows, then those left over, then the sum over a channel's
-  // columns.
-  template <size_t together, size_t wide, size_t count, class F>
-  FASTNORM_INLINE void sum_block(const Unit& u, size_t n, size_t lead, A* const (&sums)[count], const F& add) const {
-    const size_t folded = u.rows / cut.fold, done = folded * cut.fold * row_length();
-    for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], spread_length(n), A{});
-    sum_rows<together, wide>(folded, row_length() * cut.fold, spread_length(n), lead, sums, add);
-    sum_rows<together, wide>(u.rows % cut.fold, row_length(), n * shape.inner, lead, sums,
-                             [&](size_t row, size_t at, size_t c, auto how, auto& sum)
-                                 FASTNORM_INLINE_LAMBDA { add(row, done + at, c, how, sum); });
+  // columns. `by_lines`: where vectors of `block` lie in two lines each.
+  template <size_t together, size_t wide, bool by_lines = false, size_t count, class F>
+  FASTNORM_INLINE void sum_block(const T* block, const Unit& u, size_t n, size_t lead, A* const (&sums)[count],
+                                 const F& add) const {
+    const size_t folded = u.rows / cut.fold, stride = row_length() * cut.fold, width = spread_length(n);
+    for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], width, A{});
+    if (by_lines && AlignedReader<T>::kAligned && u.row > 0 && stride >= kLanes<A> && splits_lines(block + lead))
+      sum_rows<together, wide, by_lines>(block, folded, stride, width, lead, sums, add);
+    else
+      sum_rows<together, wide, false>(block, folded, stride, width, lead, sums, add);
+    const size_t done = folded * stride;
+    sum_rows<together, wide, false>(block + done, u.rows % cut.fold, row_length(), n * shape.inner, lead, sums,
+                                    [&](size_t row, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
+                                        FASTNORM_INLINE_LAMBDA { add(row, done + at, c, value, how, sum); });
     for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
+  }
+
+  // Whether whole vectors of this block's rows, from here on, lie in two lines each, mostly where rows are not aligned
+  // alike.
+  bool splits_lines(const T* first) const {
+    return !aligned_alike() || reinterpret_cast<std::uintptr_t>(first) % (kLanes<A> * sizeof(T)) != 0;
   }
 
   // A value near each channel's mean, for a channel's first block: the mean of its first run, or of its first rows.
@@ -150,9 +180,9 @@ struct Columns {
     const size_t some = std::min(rows, kPivotRows);
     for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivots + c, how.load(block + c), how); });
     std::fill_n(sums, n, A{});
-    sum_rows<kPivotRows, 1>(some, row_length(), n, 0, {sums},
-                            [&](size_t, size_t at, size_t c, auto how, auto& sum)
-                                FASTNORM_INLINE_LAMBDA { sum[0] += how.load(block + at) - how.load(pivots + c); });
+    sum_rows<kPivotRows, 1, false>(block, some, row_length(), n, 0, {sums},
+                                   [&](size_t, size_t, size_t c, Vector<A> value, auto how, auto& sum)
+                                       FASTNORM_INLINE_LAMBDA { sum[0] += value - how.load(pivots + c); });
     const A share = A{1} / static_cast<A>(some);
     for (size_t c = 0; c < n; ++c) pivots[c] += sums[c] * share;
   }
@@ -197,13 +227,14 @@ struct Columns {
   // those being fetched; 0: none are.
   FASTNORM_INLINE void sum_around(const T* block, const Unit& u, size_t n, const A* pivots, A* sums, A* squares,
                                   size_t ahead) const {
-    sum_block<kSummedRows, 1>(u, n, lead(block), {sums, squares},
-                              [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-                                if (ahead != 0) __builtin_prefetch(block + at + ahead);
-                                const Vector<A> d = how.load(block + at) - how.load(pivots + c);
-                                sum[0] += d;
-                                sum[1] = mul_add(d, d, sum[1]);
-                              });
+    sum_block<kSummedRows, 1>(block, u, n, lead(block), {sums, squares},
+                              [&](size_t, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
+                                  FASTNORM_INLINE_LAMBDA {
+                                    if (ahead != 0) __builtin_prefetch(block + at + ahead);
+                                    const Vector<A> d = value - how.load(pivots + c);
+                                    sum[0] += d;
+                                    sum[1] = mul_add(d, d, sum[1]);
+                                  });
   }
 
   // As `block_moments`, for all channels of a slab at once.
@@ -254,16 +285,18 @@ struct Columns {
         const size_t n = std::min(block_channels(), c1 - w);
         const A* centre = centres + (w - c0) * shape.inner;
         const size_t block = u.row * row_length() + w * shape.inner;
-        sum_block<kSummedRows / 2, 2>(u, n, lead(x + block), {grads, products},
-                                      [&](size_t, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-                                        if (ahead != 0) {
-                                          __builtin_prefetch(dy + block + at + ahead);
-                                          __builtin_prefetch(x + block + at + ahead);
-                                        }
-                                        const Vector<A> grad = how.load(dy + block + at);
-                                        sum[0] += grad;
-                                        sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
-                                      });
+        // Two threads, us, loaded as they lie and by lines, from L3: (1024, 1280) where dy begins elsewhere in a line
+        // than x 155 and 146, (4096, 320) 158 and 148; (1024, 1290) 174 and 165. Moments, of one array: no difference.
+        sum_block<kSummedRows / 2, 2, true>(
+            dy + block, u, n, lead(x + block), {grads, products},
+            [&](size_t, size_t at, size_t c, Vector<A> grad, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+              if (ahead != 0) {
+                __builtin_prefetch(dy + block + at + ahead);
+                __builtin_prefetch(x + block + at + ahead);
+              }
+              sum[0] += grad;
+              sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
+            });
         for (size_t c = 0; c < n; ++c) {
           sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
           sum_dyx[w - c0 + c] += static_cast<double>(products[c]);

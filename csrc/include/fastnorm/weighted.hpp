@@ -180,10 +180,10 @@ struct Weighted {
   FASTNORM_INLINE void sum_around(const T* block, const A* w, const Unit& u, size_t n, const A* pivots,
                                   const Sums<A*>& sums) const {
     Columns<T>{shape, cut}.template sum_block<8, 1>(
-        u, n, 0, {sums.weight, sums.first, sums.square},
-        [&](size_t row, size_t at, size_t c, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+        block, u, n, 0, {sums.weight, sums.first, sums.square},
+        [&](size_t row, size_t at, size_t c, V value, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
           const V weight = weight_at<by_element>(w, row, at, how);
-          add({sum[0], sum[1], sum[2]}, weight, deviation(weight, how.load(block + at), how.load(pivots + c)));
+          add({sum[0], sum[1], sum[2]}, weight, deviation(weight, value, how.load(pivots + c)));
         });
   }
 
