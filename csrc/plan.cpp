@@ -101,7 +101,8 @@ Caches caches() {
 }
 
 Cut cut_channels(ChannelShape shape) {
-  return cut_up(shape, shape.inner == 1 || (shape.inner <= kShortRun && shape.outer >= kRowsOfShortRuns));
+  const bool short_runs = shape.inner <= kShortRun && shape.outer > std::clamp(shape.inner / 2, kFewRows, kManyRows);
+  return cut_up(shape, shape.inner == 1 || short_runs);
 }
 
 Cut cut_weighted(ChannelShape shape) { return cut_up(shape, shape.inner == 1); }

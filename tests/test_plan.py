@@ -25,7 +25,13 @@ def test_short_runs_are_walked_across_channels():
     plan = fastnorm.plan("batchnorm", (50, 2048, 7, 7), threads=2)
     assert plan.side_by_side
     assert plan.slab * 49 % 16 == 0, "slabs of whole lines"
-    assert not fastnorm.plan("batchnorm", (2, 2048, 7, 7), threads=2).side_by_side, "too few rows to pay for it"
+
+
+def test_short_runs_of_few_rows_stay_runs():
+    for length, fewest in ((3, 8), (16, 9), (49, 25), (64, 33), (256, 33)):
+        across = [fastnorm.plan("batchnorm", (rows, 512, length)).side_by_side for rows in range(1, 40)]
+        assert across == [False] * (fewest - 1) + [True] * (40 - fewest)
+    assert not fastnorm.plan("batchnorm", (1000, 512, 257)).side_by_side
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
