@@ -242,8 +242,7 @@ struct ChannelCall {
       for (size_t i = 0; i < n; ++i) var[statistic + i] = s.second[at + i] / count;
       return;
     }
-    for (size_t i = 0; i < n / span; ++i)
-      keep(statistic + i, merge_equal(count, s.first + i * span, s.second + i * span, span));
+    merge_equal(count, s.first, s.second, span, n / span, mean + statistic, var + statistic);
   }
 
   // Into the first of `groups` rows of `width`, columns [at, at + n); returns the count of elements of each.

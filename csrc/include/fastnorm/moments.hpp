@@ -48,6 +48,36 @@ FASTNORM_INLINE Moments merge_equal(double each, const double* mean, const doubl
   return {each * n, merged, total<double>(combined(squares))};
 }
 
+// The mean and variance of n statistics, each of `parts` such parts after one another. The same bits, several at once
+// where a vector is made of whole statistics.
+inline void merge_equal(double each, const double* part_means, const double* part_m2s, size_t parts, size_t n,
+                        double* mean, double* var) {
+  constexpr size_t lanes = kLanes<double>;
+  if (parts >= lanes || lanes % parts != 0) {
+    for (size_t i = 0; i < n; ++i) {
+      const Moments all = merge_equal(each, part_means + i * parts, part_m2s + i * parts, parts);
+      mean[i] = all.mean;
+      var[i] = all.m2 / all.n;
+    }
+    return;
+  }
+  const auto share = static_cast<Index<double>>(parts);
+  const Indices<double> lane = lane_numbers<double>(), first = lane & -share, packed = lane * share;
+  const auto added = [&](Vector<double> v) FASTNORM_INLINE_LAMBDA {
+    for (Index<double> half = share / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+    return v;
+  };
+  const Vector<double> count = broadcast(static_cast<double>(parts)), weight = broadcast(each);
+  for_columns<double>(n * parts, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+    const Vector<double> means = how.load(part_means + i), one = __builtin_shuffle(means, first),
+                         merged = one + added(means - one) / count, delta = means - merged,
+                         squares = added(mul_add(delta * delta, weight, how.load(part_m2s + i)));
+    const size_t some = std::min(lanes, n * parts - i) / parts;
+    store_part(mean + i / parts, __builtin_shuffle(merged, packed), some);
+    store_part(var + i / parts, __builtin_shuffle(squares / (count * weight), packed), some);
+  });
+}
+
 FASTNORM_INLINE double variance(const Moments& m) { return m.m2 * (1.0 / m.n); }
 
 // 1/sqrt(var + eps); 0 where that is infinite, so that a constant gives beta for eps 0 as well.
