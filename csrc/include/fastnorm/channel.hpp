@@ -219,12 +219,12 @@ struct ChannelCall {
     else
       group_moments(geometry, s.c0, s.c1, s, loop, workspace);
   }
-  template <class Walk, class Loop>
-  void group_moments(const Walk& walk, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
+  template <class Of, class Loop>
+  void group_moments(const Of& of, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
     const size_t width = c1 - c0, ahead = summed_ahead(s.width(), 1);
-    loop(walk.cut.groups, [&](size_t g, int worker) {
-      walk.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
-                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+    loop(of.cut.groups, [&](size_t g, int worker) {
+      of.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
+                 workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
     });
   }
 
@@ -246,11 +246,11 @@ struct ChannelCall {
   }
 
   // Into the first of `groups` rows of `width`, columns [at, at + n); returns the count of elements of each.
-  template <class Walk>
-  double merge_groups(const Walk& walk, const Slab& s, size_t width, size_t at, size_t n) const {
-    double count = walk.count(0);
-    for (size_t g = 1; g < walk.cut.groups; ++g) {
-      const double more = walk.count(g);
+  template <class Of>
+  double merge_groups(const Of& of, const Slab& s, size_t width, size_t at, size_t n) const {
+    double count = of.count(0);
+    for (size_t g = 1; g < of.cut.groups; ++g) {
+      const double more = of.count(g);
       merge_each(s.first + at, s.second + at, s.first + g * width + at, s.second + g * width + at, n, count, more);
       count += more;
     }
