@@ -230,19 +230,15 @@ struct ChannelCall {
 
   // From those of groups to mean and var of the statistics of channels [at, at + n) of the slab.
   void merge_groups(const Slab& s, size_t at, size_t n) const {
-    const size_t statistic = (s.c0 + at) / span;
-    if (joins()) {
-      const double count = merge_groups(joined(), s, s.width() / span, 0, n / span);
-      for (size_t i = 0; i < n / span; ++i) keep(statistic + i, {count, s.first[i], s.second[i]});
-      return;
+    const size_t statistic = (s.c0 + at) / span, statistics = n / span;
+    if (span > 1 && !joins()) {
+      const double count = merge_groups(geometry, s, s.width(), at, n);
+      return merge_equal(count, s.first, s.second, span, statistics, mean + statistic, var + statistic);
     }
-    const double count = merge_groups(geometry, s, s.width(), at, n);
-    if (span == 1) {  // a loop of its own, since it vectorizes
-      std::copy_n(s.first + at, n, mean + statistic);
-      for (size_t i = 0; i < n; ++i) var[statistic + i] = s.second[at + i] / count;
-      return;
-    }
-    merge_equal(count, s.first, s.second, span, n / span, mean + statistic, var + statistic);
+    const double count = joins() ? merge_groups(joined(), s, s.width() / span, at, statistics)
+                                 : merge_groups(geometry, s, s.width(), at, n);
+    std::copy_n(s.first + at, statistics, mean + statistic);
+    for (size_t i = 0; i < statistics; ++i) var[statistic + i] = s.second[at + i] / count;
   }
 
   // Into the first of `groups` rows of `width`, columns [at, at + n); returns the count of elements of each.
@@ -255,11 +251,6 @@ struct ChannelCall {
       count += more;
     }
     return count;
-  }
-
-  void keep(size_t statistic, const Moments& m) const {
-    mean[statistic] = m.mean;
-    var[statistic] = m.m2 / m.n;
   }
 
   // The mean and rstd of channels [at, at + n), for all passes but moments.

@@ -167,9 +167,7 @@ struct Columns {
 
   // Whether whole vectors of this block's rows, from here on, lie in two lines each, mostly where rows are not aligned
   // alike.
-  bool splits_lines(const T* first) const {
-    return !aligned_alike() || reinterpret_cast<std::uintptr_t>(first) % (kLanes<A> * sizeof(T)) != 0;
-  }
+  bool splits_lines(const T* first) const { return !aligned_alike() || shift(first) != 0; }
 
   // A value near each channel's mean, for a channel's first block: the mean of its first run, or of its first rows.
   void first_pivots(const T* block, size_t rows, size_t n, A* pivots, A* sums) const {
