@@ -185,11 +185,11 @@ Walk plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, 
   return written;
 }
 
-std::size_t bundle_of(GroupShape shape) {
+Bundles bundles_of(GroupShape shape) {
   const std::size_t most = std::clamp<std::size_t>(shape.samples * group_work(shape) / kBundle, 1, kMaxGroups);
   std::size_t bundles = 1;  // a power of two, which most numbers of threads share equally
   while (2 * bundles <= most) bundles *= 2;
-  return ceil_div(shape.samples, bundles);
+  return {shape.samples, std::min(bundles, shape.samples)};
 }
 
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads) {
@@ -213,7 +213,7 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   }
   const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;
   if (in_l2 >= shape.channels) {
-    if (shape.outer == 1) plan.slab *= std::min(bundle_of(shape), in_l2 / shape.channels);
+    if (shape.outer == 1) plan.slab *= std::min(bundles_of(shape).largest(), in_l2 / shape.channels);
     return plan;
   }
   const std::size_t narrowest =
@@ -233,8 +233,9 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   const std::size_t slab_bytes = statistic_bytes / span * plan.slab;
   // If that keeps three quarters of the threads busy to the end. (Asking for four tasks a thread, two to four samples
   // of channels last were shared by two threads one after the other, and took up to 1.8 times as long.)
-  const std::size_t slabs = shape.channels / plan.slab, bundle = bundle_of(shape);
-  const std::size_t busiest = ceil_div(ceil_div(shape.samples, bundle) * slabs, workers) * bundle;
+  const std::size_t slabs = shape.channels / plan.slab;
+  const Bundles bundles = bundles_of(shape);
+  const std::size_t busiest = ceil_div(bundles.count * slabs, workers) * bundles.largest();
   if (4 * shape.samples * slabs > 3 * busiest * workers && slab_bytes <= share) return plan;
   if (in_slabs) {
     plan.slab = slab_of_l2();

@@ -418,9 +418,8 @@ struct ChannelCall {
   void run(Passes passes) {
     lay_out();
     const ChannelShape& one = geometry.shape;
-    const size_t slabs = this->slabs(),
-                 bundle = bundle_of({samples, one.outer, one.channels, one.inner, one.channels / span}),
-                 bundles = (samples + bundle - 1) / bundle;
+    const Bundles all = bundles_of({samples, one.outer, one.channels, one.inner, one.channels / span});
+    const size_t slabs = this->slabs(), bundles = all.count;
     const size_t workers = plan.serial ? 1 : static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
     const Workspace<double, 4 * kFewChannels> partials(sets * layout.partials);
@@ -439,15 +438,15 @@ struct ChannelCall {
       return sample * size() + first_channel(slab) * geometry.shape.inner;
     };
     const auto task_start = [&](size_t task) {
-      return slab_start(task / tasks_a_bundle * bundle, task % tasks_a_bundle * per_task);
+      return slab_start(all.first(task / tasks_a_bundle), task % tasks_a_bundle * per_task);
     };
     const auto some = [&](size_t task, int worker, auto loop) {
       const size_t b = task / tasks_a_bundle, first = task % tasks_a_bundle * per_task;
-      const size_t w = static_cast<size_t>(worker), end = std::min(slabs, first + per_task),
-                   last = std::min(samples, (b + 1) * bundle), next_task = task + 1;
+      const size_t w = static_cast<size_t>(worker), end = std::min(slabs, first + per_task), last = all.first(b + 1),
+                   next_task = task + 1;
       double* partial = partials.data() + w * layout.partials;
       A* lines = rest.data() + w * coefficients();
-      for (size_t n = b * bundle; n < last; n += at_once) {
+      for (size_t n = all.first(b); n < last; n += at_once) {
         const ChannelCall call = from_sample(n, b);
         for (size_t i = first; i < end; ++i) {
           const size_t here = slab_start(n, i);

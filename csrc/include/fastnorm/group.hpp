@@ -36,8 +36,7 @@ struct Group {
 
   static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
                        double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
-    const size_t bundle = bundle_of(shape), bundles = (shape.samples + bundle - 1) / bundle;
-    const size_t channels = shape.channels;
+    const size_t channels = shape.channels, bundles = bundles_of(shape).count;
     // Sums of each bundle of samples, where there are several.
     const Workspace<double> partial(bundles > 1 ? 2 * bundles * channels : 0);
     double *by_bundle = sum_dy, *by_bundle_xhat = sum_dy_xhat;

@@ -135,8 +135,16 @@ Walk plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, 
 // after the other.
 ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arrays, int threads);
 
-// Samples that one task takes one after the other and whose sums are added up in that order.
-std::size_t bundle_of(GroupShape shape);
+// Samples that one task takes one after the other, and whose sums are added up in that order, are a bundle. All have as
+// many, or one more or less: as bundles of 4, 4, 4 and 1, two threads took 18.9 us for (13, 2, 2, 840) backward, as 3,
+// 3, 3 and 4 17.0.
+struct Bundles {
+  std::size_t samples, count;
+  std::size_t first(std::size_t bundle) const { return samples * bundle / count; }
+  std::size_t largest() const { return (samples + count - 1) / count; }
+};
+
+Bundles bundles_of(GroupShape shape);
 
 struct RowPlan {
   bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
