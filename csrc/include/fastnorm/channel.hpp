@@ -148,8 +148,8 @@ struct ChannelCall {
       layout.joined = cut_channels(joined_shape());
       groups = std::max(groups, layout.joined.groups);
     }
-    // Partial results of all groups, two doubles a channel, and a mean and rstd a channel.
-    layout.partials = (2 * groups + 2) * layout.widest;
+    // Partial results of all groups, two doubles a channel, and an rstd a statistic.
+    layout.partials = (2 * groups + 1) * layout.widest;
   }
   // Four coefficients a channel, each spread as the geometry reads them.
   size_t coefficients() const { return 4 * layout.room; }
@@ -158,7 +158,7 @@ struct ChannelCall {
   struct Slab {
     size_t c0, c1;
     double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
-    double *mean, *rstd;     // by channel
+    double *mean, *rstd;     // by statistic
     Coefficients<A> k;
     size_t ahead;  // elements to the next slab of the same worker; 0 where none will be found in cache
     size_t width() const { return c1 - c0; }
@@ -186,9 +186,9 @@ struct ChannelCall {
     const size_t end = plan.slab > channels() ? samples_left * channels() : channels();
     s.c1 = std::min(end, layout.first + index * plan.slab);
     s.rstd = partials;
-    s.mean = span == 1 ? mean + s.c0 : partials + layout.widest;
-    s.first = partials + 2 * layout.widest;
-    s.second = partials + layout.partials / 2 + layout.widest;
+    s.mean = mean + s.c0 / span;
+    s.first = partials + layout.widest;
+    s.second = s.first + (layout.partials - layout.widest) / 2;
     const size_t room = layout.room;
     const Coefficients<A> k{coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
     s.k = out == nullptr ? k : k.from(geometry.shift(out + s.c0 * geometry.shape.inner));
@@ -253,14 +253,9 @@ struct ChannelCall {
     return count;
   }
 
-  // The mean and rstd of channels [at, at + n), for all passes but moments.
-  void expand(const Slab& s, size_t at, size_t n) const {
-    const size_t first = (s.c0 + at) / span, count = n / span;
-    rstds(s.rstd + at, var + first, count, eps);
-    if (span == 1) return;
-    std::copy_n(mean + first, count, s.mean + at);
-    repeat_each(s.rstd + at, count, span);
-    repeat_each(s.mean + at, count, span);
+  // The rstd of the statistics of channels [at, at + n), for all passes but moments.
+  void find_rstds(const Slab& s, size_t at, size_t n) const {
+    rstds(s.rstd + at / span, var + (s.c0 + at) / span, n / span, eps);
   }
 
   // f(at, n, c): channels [at, at + n) of the slab are those from c on of one sample.
@@ -287,7 +282,8 @@ struct ChannelCall {
   // For `apply`.
   void prepare(const Slab& s, size_t at, size_t n) const {
     by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
-      forward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), from(beta, c));
+      forward_coefficients(s.k.from(i), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
+                           from(beta, c));
     });
     spread({s.k.centre, s.k.scale, s.k.shift}, s, at, n);
   }
@@ -301,8 +297,8 @@ struct ChannelCall {
 
   // For `group_sums` and `write_dx`.
   void centre(const Slab& s, size_t at, size_t n) const {
-    for (size_t c = at; c < at + n; ++c) s.k.centre[c] = static_cast<A>(s.mean[c]);
-    spread({s.k.centre}, s, at, n);
+    for (size_t i = at / span; i < (at + n) / span; ++i) s.k.centre[i] = static_cast<A>(s.mean[i]);
+    spread({s.k.centre}, s, at, n, span);
   }
 
   // sum(dy) and sum(dy*(x - centre)) of each channel, by group.
@@ -315,13 +311,17 @@ struct ChannelCall {
     });
   }
 
-  // From those of groups to sum(dy) and sum(dy*xhat) of channels [at, at + n), in the slab's first row, and added to
-  // the sums over samples.
+  // Those of all groups, of channels [at, at + n), in the slab's first row.
   void add_groups(const Slab& s, size_t at, size_t n) const {
     for (size_t g = 1; g < groups(); ++g) {
       add(s.first + at, s.first + g * s.width() + at, n);
       add(s.second + at, s.second + g * s.width() + at, n);
     }
+  }
+
+  // From these to sum(dy) and sum(dy*xhat), in place, and added to the sums over samples: of channels with statistics
+  // of their own.
+  void add_sums(const Slab& s, size_t at, size_t n) const {
     products_with_xhat<A>(s.second + at, s.first + at, s.mean + at, s.rstd + at, n);
     by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
       add(sum_dy + c, s.first + i, some);
@@ -337,24 +337,18 @@ struct ChannelCall {
     spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
 
-  // With the statistics of each sample: from the slab's first row, whose sums it takes.
+  // With the statistics of each sample: from the slab's first row, which is added to the sums over samples.
   void prepare_dx_of_samples(const Slab& s, size_t at, size_t n) const {
+    if (span == 1) add_sums(s, at, n);
     by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
       if (span == 1)
         backward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), s.first + i, s.second + i,
                               divisor);
       else
-        weigh(s.k.scale + i, s.first + i, s.second + i, some, s.rstd + i, from(gamma, c), divisor);
+        shared_coefficients(s.k.from(i), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
+                            s.first + i, s.second + i, divisor, sum_dy + c, sum_dy_xhat + c);
     });
-    if (span > 1) {
-      const size_t count = n / span;
-      sum_each(s.first, count, span);
-      sum_each(s.second, count, span);
-      shared_coefficients(s.k, count, span, s.mean, s.rstd, s.first, s.second, divisor);
-    }
-    // `scale` is by channel, the others by statistic.
-    spread({s.k.scale}, s, at, n);
-    spread({s.k.shift, s.k.slope}, s, at, n, span);
+    spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
 
   template <class Form, class Loop>
@@ -379,7 +373,7 @@ struct ChannelCall {
     group_moments(s, loop, workspace);
     by_channel(s, loop, [&](size_t at, size_t n) {
       merge_groups(s, at, n);
-      expand(s, at, n);
+      find_rstds(s, at, n);
       prepare(s, at, n);
     });
     apply(s, loop);
@@ -387,7 +381,7 @@ struct ChannelCall {
   template <class Loop, class Then>
   void reduce(const Slab& s, Loop loop, A* workspace, Then then) const {
     by_channel(s, loop, [&](size_t at, size_t n) {
-      expand(s, at, n);
+      find_rstds(s, at, n);
       centre(s, at, n);
     });
     group_sums(s, loop, workspace);
@@ -551,7 +545,7 @@ struct Channel {
         0, y,
         [](const auto& c, const auto& s, auto loop, A*) {
           c.by_channel(s, loop, [&](size_t at, size_t n) {
-            c.expand(s, at, n);
+            c.find_rstds(s, at, n);
             c.prepare(s, at, n);
           });
           c.apply(s, loop);
@@ -567,8 +561,9 @@ struct Channel {
                      double* sum_dy, double* sum_dy_xhat) {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
-         sum_dy_xhat, 0, nullptr,
-         [](const auto& c, const auto& s, auto loop, A* w) { c.reduce(s, loop, w, [](size_t, size_t) {}); });
+         sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) {
+           c.reduce(s, loop, w, [&](size_t at, size_t n) { c.add_sums(s, at, n); });
+         });
   }
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
                              double eps, const void* gamma, const double* sum_dy, const double* sum_dy_xhat,
@@ -578,7 +573,7 @@ struct Channel {
         const_cast<double*>(sum_dy), const_cast<double*>(sum_dy_xhat), count, dx,
         [](const auto& c, const auto& s, auto loop, A*) {
           c.by_channel(s, loop, [&](size_t at, size_t n) {
-            c.expand(s, at, n);
+            c.find_rstds(s, at, n);
             c.centre(s, at, n);
             c.prepare_dx(s, at, n);
           });
@@ -591,7 +586,10 @@ struct Channel {
     clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
          static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.reduce(s, loop, w, [&](size_t at, size_t n) { c.prepare_dx(s, at, n); });
+           c.reduce(s, loop, w, [&](size_t at, size_t n) {
+             c.add_sums(s, at, n);
+             c.prepare_dx(s, at, n);
+           });
            c.template write_dx<ScaledDescent>(s, loop);
          });
   }

@@ -71,21 +71,63 @@ inline void repeat_each(A* values, size_t n, size_t times) {
   }
 }
 
-// The sums of `each` values after one another, n of them, in place.
-inline void sum_each(double* values, size_t n, size_t each) {
-  if (each < 8) {
-    for (size_t i = 0; i < n; ++i) {
-      double sum = values[i * each];
-      for (size_t k = 1; k < each; ++k) sum += values[i * each + k];
-      values[i] = sum;
-    }
-    return;
+// Channels, each `span` adjacent ones of n statistics, where a vector is made of whole statistics: f(c, how, of) for a
+// vector of channels from c on, where of(values) has for each of them the value of its statistic.
+template <class F>
+FASTNORM_INLINE void by_packed_statistic(size_t n, size_t span, const F& f) {
+  const int shift = __builtin_ctzll(span);
+  const Indices<double> from = lane_numbers<double>() >> shift;
+  for_columns<double>(n * span, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+    const size_t i = c >> shift, some = std::min(kLanes<double> >> shift, n - i);
+    f(c, how, [&](const double* values) FASTNORM_INLINE_LAMBDA {
+      return __builtin_shuffle(load_part(values + i, some, Vector<double>{}), from);
+    });
+  });
+}
+
+// The same of any span.
+template <class F>
+FASTNORM_INLINE void by_statistic(size_t n, size_t span, const F& f) {
+  if (span == 1)
+    return for_columns<double>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+      f(c, how, [&](const double* values) FASTNORM_INLINE_LAMBDA { return how.load(values + c); });
+    });
+  if (kLanes<double> % span == 0) return by_packed_statistic(n, span, f);
+  for (size_t i = 0; i < n; ++i)
+    for_columns<double>(span, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA {
+      f(i * span + k, how, [&](const double* values) FASTNORM_INLINE_LAMBDA { return broadcast(values[i]); });
+    });
+}
+
+struct TwoSums {
+  Vector<double> a, b;
+};
+
+// With sums over each statistic of what f returns, then(c, how, of, sums).
+template <class F, class Then>
+FASTNORM_INLINE void sum_by_statistic(size_t n, size_t span, const F& f, const Then& then) {
+  if (kLanes<double> % span == 0) {
+    const Indices<double> lane = lane_numbers<double>();
+    const auto added = [&](Vector<double> v) FASTNORM_INLINE_LAMBDA {
+      for (auto half = static_cast<Index<double>>(span / 2); half > 0; half /= 2)
+        v += __builtin_shuffle(v, lane ^ half);
+      return v;
+    };
+    return by_packed_statistic(n, span, [&](size_t c, auto how, const auto& of) FASTNORM_INLINE_LAMBDA {
+      const TwoSums own = f(c, how, of);
+      then(c, how, of, TwoSums{added(own.a), added(own.b)});
+    });
   }
   for (size_t i = 0; i < n; ++i) {
-    Vector<double> sums[4] = {};
-    sum_run<double>(
-        each, [&](size_t k, auto how, int to) FASTNORM_INLINE_LAMBDA { sums[to] += how.load(values + i * each + k); });
-    values[i] = total<double>(combined(sums));
+    const auto of = [&](const double* values) FASTNORM_INLINE_LAMBDA { return broadcast(values[i]); };
+    Vector<double> a[4] = {}, b[4] = {};
+    sum_run<double>(span, [&](size_t k, auto how, int to) FASTNORM_INLINE_LAMBDA {
+      const TwoSums own = f(i * span + k, how, of);
+      a[to] += how.pick(own.a, Vector<double>{});
+      b[to] += how.pick(own.b, Vector<double>{});
+    });
+    const TwoSums all{broadcast(total<double>(combined(a))), broadcast(total<double>(combined(b)))};
+    for_columns<double>(span, [&](size_t k, auto how) FASTNORM_INLINE_LAMBDA { then(i * span + k, how, of, all); });
   }
 }
 
@@ -148,26 +190,31 @@ inline void decided(bool flag, F f) {
     f(std::false_type{});
 }
 
-template <bool has_gamma, bool has_beta, class A>
-inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* __restrict mean,
-                                 const double* __restrict rstd, const A* __restrict gamma, const A* __restrict beta) {
-  A* __restrict centres = to.centre, * __restrict scales = to.scale, * __restrict shifts = to.shift;
-  for (size_t c = 0; c < n; ++c) {
-    const A centre = static_cast<A>(mean[c]);
-    const double scale = rstd[c] * (has_gamma ? static_cast<double>(gamma[c]) : 1.0);
-    const double rest = mean[c] - static_cast<double>(centre);
-    centres[c] = centre;
-    scales[c] = static_cast<A>(scale);
-    shifts[c] = static_cast<A>((has_beta ? static_cast<double>(beta[c]) : 0.0) - rest * scale);
-  }
+// The part of a mean that its centre, the nearest A, leaves out.
+template <class A>
+FASTNORM_INLINE Vector<double> rest_of(Vector<double> mean) {
+  return mean - doubles_of<A>(few_of<A>(mean));
 }
 
+template <bool has_gamma, bool has_beta, class A>
+inline void forward_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* mean,
+                                 const double* rstd, const A* gamma, const A* beta) {
+  by_statistic(n, span, [&](size_t c, auto how, const auto& of) FASTNORM_INLINE_LAMBDA {
+    const Vector<double> means = of(mean), scale = has_gamma ? of(rstd) * load_doubles(gamma + c, how) : of(rstd),
+                         off = rest_of<A>(means) * scale;
+    put_doubles(to.centre + c, means, how);
+    put_doubles(to.scale + c, scale, how);
+    put_doubles(to.shift + c, has_beta ? load_doubles(beta + c, how) - off : -off, how);
+  });
+}
+
+// Of n statistics, each of `span` channels.
 template <class A>
-inline void forward_coefficients(const Coefficients<A>& to, size_t n, const double* mean, const double* rstd,
-                                 const A* gamma, const A* beta) {
+inline void forward_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* mean,
+                                 const double* rstd, const A* gamma, const A* beta) {
   decided(gamma != nullptr, [&](auto has_gamma) {
     decided(beta != nullptr, [&](auto has_beta) {
-      forward_coefficients<has_gamma.value, has_beta.value>(to, n, mean, rstd, gamma, beta);
+      forward_coefficients<has_gamma.value, has_beta.value>(to, n, span, mean, rstd, gamma, beta);
     });
   });
 }
@@ -195,42 +242,42 @@ inline void backward_coefficients(const Coefficients<A>& to, size_t n, const dou
   });
 }
 
-// What channels that share statistics have of their own in dx, its scale; and their sums of dy and dy*xhat times gamma,
-// in place. `count` elements share a statistic: a value that has one for itself gets exactly 0.
+// Those of channels that share statistics, from their sums of dy and dy*(x - centre), which are also added to `all_dy`
+// and, as dy*xhat, to `all_dy_xhat`: n statistics of `span` channels and `count` elements, two or more.
 template <bool has_gamma, class A>
-inline void weigh(A* __restrict scale, double* __restrict sum_dy, double* __restrict sum_dy_xhat, size_t n,
-                  const double* __restrict rstd, const A* __restrict gamma, double count) {
-  const bool alone = count <= 1.0;
-  for (size_t c = 0; c < n; ++c) {
-    const double gain = has_gamma ? static_cast<double>(gamma[c]) : 1.0;
-    sum_dy[c] *= gain;
-    sum_dy_xhat[c] *= gain;
-    scale[c] = static_cast<A>(alone ? 0.0 : rstd[c] * gain);
-  }
+inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* mean,
+                                const double* rstd, const A* gamma, const double* sum_dy, const double* products,
+                                double count, double* all_dy, double* all_dy_xhat) {
+  const Vector<double> share = broadcast(1.0 / count);
+  sum_by_statistic(
+      n, span,
+      [&](size_t c, auto how, const auto& of) FASTNORM_INLINE_LAMBDA {
+        const Vector<double> rstds = of(rstd), dy = how.load(sum_dy + c),
+                             dy_xhat = rstds * (how.load(products + c) - rest_of<A>(of(mean)) * dy);
+        put(all_dy + c, how.load(all_dy + c) + dy, how);
+        put(all_dy_xhat + c, how.load(all_dy_xhat + c) + dy_xhat, how);
+        if constexpr (!has_gamma) {
+          put_doubles(to.scale + c, rstds, how);
+          return TwoSums{dy, dy_xhat};
+        }
+        const Vector<double> gain = load_doubles(gamma + c, how);
+        put_doubles(to.scale + c, rstds * gain, how);
+        return TwoSums{dy * gain, dy_xhat * gain};
+      },
+      [&](size_t c, auto how, const auto& of, const TwoSums& sums) FASTNORM_INLINE_LAMBDA {
+        const Vector<double> rstds = of(rstd), slope = -rstds * rstds * sums.b * share;
+        put_doubles(to.shift + c, -rstds * sums.a * share - rest_of<A>(of(mean)) * slope, how);
+        put_doubles(to.slope + c, slope, how);
+      });
 }
 
 template <class A>
-inline void weigh(A* scale, double* sum_dy, double* sum_dy_xhat, size_t n, const double* rstd, const A* gamma,
-                  double count) {
-  decided(gamma != nullptr,
-          [&](auto has_gamma) { weigh<has_gamma.value>(scale, sum_dy, sum_dy_xhat, n, rstd, gamma, count); });
-}
-
-// What they have in common, from the sums over all of them: n statistics of `span` channels, whose mean and rstd stand
-// `span` places apart.
-template <class A>
-inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* __restrict mean,
-                                const double* __restrict rstds, const double* __restrict sum_g,
-                                const double* __restrict sum_g_xhat, double count) {
-  A* __restrict shifts = to.shift, * __restrict slopes = to.slope;
-  const double share = 1.0 / count;
-  const bool alone = count <= 1.0;
-  for (size_t i = 0; i < n; ++i) {
-    const double rest = mean[i * span] - static_cast<double>(static_cast<A>(mean[i * span]));
-    const double rstd = alone ? 0.0 : rstds[i * span], slope = -rstd * rstd * sum_g_xhat[i] * share;
-    shifts[i] = static_cast<A>(-rstd * sum_g[i] * share - rest * slope);
-    slopes[i] = static_cast<A>(slope);
-  }
+inline void shared_coefficients(const Coefficients<A>& to, size_t n, size_t span, const double* mean,
+                                const double* rstd, const A* gamma, const double* sum_dy, const double* products,
+                                double count, double* all_dy, double* all_dy_xhat) {
+  decided(gamma != nullptr, [&](auto has_gamma) {
+    shared_coefficients<has_gamma.value>(to, n, span, mean, rstd, gamma, sum_dy, products, count, all_dy, all_dy_xhat);
+  });
 }
 
 // The first unit of group g and the number of units in it.

@@ -170,19 +170,19 @@ struct Columns {
   bool splits_lines(const T* first) const { return !aligned_alike() || shift(first) != 0; }
 
   // A value near each channel's mean, for a channel's first block: the mean of its first run, or of its first rows.
-  void first_pivots(const T* block, size_t rows, size_t n, A* pivots, A* sums) const {
+  void first_pivots(const T* block, size_t rows, size_t n, A* pivots) const {
     if (shape.inner > 1) {
       for (size_t c = 0; c < n; ++c) pivots[c] = pivot_of(block + c * shape.inner, shape.inner)[0];
       return;
     }
     const size_t some = std::min(rows, kPivotRows);
-    for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { put(pivots + c, how.load(block + c), how); });
-    std::fill_n(sums, n, A{});
-    sum_rows<kPivotRows, 1, false>(block, some, row_length(), n, 0, {sums},
-                                   [&](size_t, size_t, size_t c, Vector<A> value, auto how, auto& sum)
-                                       FASTNORM_INLINE_LAMBDA { sum[0] += value - how.load(pivots + c); });
-    const A share = A{1} / static_cast<A>(some);
-    for (size_t c = 0; c < n; ++c) pivots[c] += sums[c] * share;
+    const Vector<A> share = broadcast(A{1} / static_cast<A>(some));
+    for_columns<A>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+      const Vector<A> first = how.load(block + c);
+      Vector<A> off{};
+      for (size_t r = 1; r < some; ++r) off += how.load(block + r * row_length() + c) - first;
+      put(pivots + c, mul_add(off, share, first), how);
+    });
   }
 
   // From sums of d and d^2 to the mean of d and m2, in place; m2 is -1 where it cancels. Returns whether one does. That
@@ -249,7 +249,7 @@ struct Columns {
         const T* block = x + u.row * row_length() + w * shape.inner;
         double *to_mean = mean + (w - c0), *to_m2 = m2 + (w - c0);
         if (before == 0)
-          first_pivots(block, u.rows, n, near, sums);
+          first_pivots(block, u.rows, n, near);
         else
           for (size_t c = 0; c < n; ++c) near[c] = static_cast<A>(to_mean[c]);
         std::copy_n(near, n, pivots);
@@ -275,8 +275,6 @@ struct Columns {
               double* sum_dyx, A* workspace, size_t ahead) const {
     workspace += shift(x + c0 * shape.inner);
     A *grads = workspace, *products = workspace + kPitch;
-    std::fill_n(sum_dy, c1 - c0, 0.0);
-    std::fill_n(sum_dyx, c1 - c0, 0.0);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
       for (size_t w = c0; w < c1; w += block_channels()) {
@@ -295,10 +293,15 @@ struct Columns {
               sum[0] += grad;
               sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centre + c), sum[1]);
             });
-        for (size_t c = 0; c < n; ++c) {
-          sum_dy[w - c0 + c] += static_cast<double>(grads[c]);
-          sum_dyx[w - c0 + c] += static_cast<double>(products[c]);
-        }
+        for_columns<double>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+          Vector<double> grad = load_doubles(grads + c, how), product = load_doubles(products + c, how);
+          if (i > first_unit(cut, g)) {
+            grad += how.load(sum_dy + (w - c0) + c);
+            product += how.load(sum_dyx + (w - c0) + c);
+          }
+          put(sum_dy + (w - c0) + c, grad, how);
+          put(sum_dyx + (w - c0) + c, product, how);
+        });
       }
     }
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -529,6 +530,54 @@ FASTNORM_INLINE void put(T* p, Vector<Acc<T>> v, How how) {
     store_part(p, v, how.n, how.skip);
   else
     store(p, v);
+}
+
+// As many values of an accumulation dtype as a vector has doubles.
+template <class A>
+struct FewOf {
+  typedef A type __attribute__((vector_size(kLanes<double> * sizeof(A))));
+};
+template <class A>
+using Few = typename FewOf<A>::type;
+
+template <class A>
+FASTNORM_INLINE Few<A> few_of(Vector<double> v) {
+  return __builtin_convertvector(v, Few<A>);
+}
+template <class A>
+FASTNORM_INLINE Vector<double> doubles_of(Few<A> few) {
+#if FASTNORM_AVX512  // gcc 12 makes two halves and joins them
+  if constexpr (std::is_same_v<A, float>) return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)few);
+#endif
+  return __builtin_convertvector(few, Vector<double>);
+}
+
+// The first lanes of a vector, and a vector whose first lanes these are: not through memory, where a load of what was
+// just stored in two pieces waits.
+template <class A, size_t... i>
+FASTNORM_INLINE Few<A> first_of(Vector<A> v, std::index_sequence<i...>) {
+  return __builtin_shufflevector(v, v, i...);
+}
+template <class A, size_t... i>
+FASTNORM_INLINE Vector<A> begun_with(Few<A> few, std::index_sequence<i...>) {
+  return __builtin_shufflevector(few, few, (i < kLanes<double> ? static_cast<int>(i) : -1)...);
+}
+
+// Loads such values as doubles, and stores doubles as such.
+template <class A, class How>
+FASTNORM_INLINE Vector<double> load_doubles(const A* p, How how) {
+  if constexpr (std::is_same_v<How, Part>)
+    return doubles_of<A>(first_of<A>(how.load(p), std::make_index_sequence<kLanes<double>>()));
+  else
+    return doubles_of<A>(bits_at<Few<A>>(p));
+}
+template <class A, class How>
+FASTNORM_INLINE void put_doubles(A* p, Vector<double> v, How how) {
+  const Few<A> few = few_of<A>(v);
+  if constexpr (std::is_same_v<How, Part>)
+    put(p, begun_with<A>(few, std::make_index_sequence<kLanes<A>>()), how);
+  else
+    std::memcpy(p, &few, sizeof few);
 }
 
 // Writes runs: y[i] = f(i) for i in [0, n), a vector at a time, where f(i, how) returns the lanes from i on.
