@@ -1,6 +1,10 @@
 """PyTorch's time over ours for every op but BatchNorm and LayerNorm, from 4x8 to 16 MB, and what is slower.
 
 python bench/against_pytorch.py [--op NAME,...] [--dtype NAME,...] [--only REGEX]
+python bench/against_pytorch.py --drawn COUNT [--seed SEED] [the same options]
+
+The first sweeps a table of shapes. Kernels that are tuned on a table get good at the table: the second draws so many
+contests, of normalizations with BatchNorm and LayerNorm among them, of any shape up to 64 MB.
 
 The public functions with the C++ backend on as many threads as PyTorch, both into new arrays, in bursts of one after
 the other so that data stay in the cache. The peers are those of `python -m fastnorm bench` (fastnorm/bench/peers.py):
@@ -14,6 +18,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
+import math
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +30,7 @@ import numpy as np
 
 import fastnorm
 from fastnorm.bench import dropout, machine, measure
-from fastnorm.bench.cases import DIRECTIONS, DTYPES, OPS, Case, Shape, dtype_of
+from fastnorm.bench.cases import DIRECTIONS, DTYPES, OPS, Case, Direction, Shape, dtype_of
 from fastnorm.bench.run import DISTURBED
 from fastnorm.bench.variants import Variant
 
@@ -50,6 +57,13 @@ SHAPES = {
     "instancenorm": {"NCHW": IMAGES, "NHWC": IMAGES, "NCL": SEQUENCES},
     "rmsnorm": {"ND": ROWS},
 }
+DRAWN = {
+    "batchnorm": ("ND", "NCHW", "NHWC"),
+    "layernorm": ("ND",),
+    **{op: tuple(layouts) for op, layouts in SHAPES.items()},
+}
+"""What contests are drawn from: every op as often as any other, of it every layout."""
+DRAWN_LARGEST = 64 << 20
 STATISTICS = ("moments", "weighted", "normalize")
 NAMES = (*SHAPES, dropout.NAME, *STATISTICS)
 
@@ -79,13 +93,41 @@ def _normalizations(op: str, dtype: str) -> Iterator[Contest]:
             case = Case(OPS[op], OPS[op].layout(layout), shape, dtype)
             if case.nbytes > LARGEST or not THEIRS.computes(case, "forward"):
                 continue
-            for direction in DIRECTIONS:
+            yield from (_normalization(case, direction) for direction in DIRECTIONS)
 
-                def bind(case: Case = case, direction: Any = direction) -> tuple[Call, Call]:
-                    inputs = case.inputs()
-                    return OURS.bind(case, inputs, direction).run, THEIRS.bind(case, inputs, direction).run
 
-                yield Contest(f"{case} {direction}", bind)
+def _normalization(case: Case, direction: Direction) -> Contest:
+    def bind() -> tuple[Call, Call]:
+        inputs = case.inputs()
+        return OURS.bind(case, inputs, direction).run, THEIRS.bind(case, inputs, direction).run
+
+    return Contest(f"{case} {direction}", bind)
+
+
+def drawn(ops: list[str], dtypes: list[str], seed: int) -> Iterator[Contest]:
+    """Normalizations without end. Each axis is drawn alike over the logarithm of its length, half of the tables and of the images have
+    powers of two, channels of images are a multiple of 8."""
+    draw = random.Random(seed)
+
+    def length(least: int, most: int, power: bool = False) -> int:
+        exponent = draw.uniform(math.log2(least), math.log2(most))
+        return round(2 ** (round(exponent) if power else exponent))
+
+    def shape(layout: str) -> Shape:
+        power = draw.random() < 0.5
+        if layout == "ND":
+            return length(4, 65536, power), length(8, 16384, power)
+        if layout == "NCL":
+            return length(1, 64), 8 * length(1, 128), length(4, 4096)
+        side = length(1, 128, power)
+        return length(1, 256), 8 * length(1, 256, power), side, side
+
+    while True:
+        op = OPS[draw.choice(ops)]
+        layout = op.layout(draw.choice(DRAWN[op.name]))
+        case = Case(op, layout, shape(layout.label), draw.choice(dtypes))
+        if case.nbytes <= DRAWN_LARGEST and case.reduction > 1 and THEIRS.computes(case, "forward"):
+            yield _normalization(case, draw.choice(DIRECTIONS))
 
 
 def _dropout(dtype: str) -> Iterator[Contest]:
@@ -153,14 +195,22 @@ def _weighted_by_hand(x: Any, weights: Any, axes: tuple[int, ...]) -> tuple[Any,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--op", default=",".join(NAMES), help=f"of {', '.join(NAMES)} (default all)")
+    parser.add_argument("--op", help=f"of {', '.join(NAMES)}, drawn ones of {', '.join(DRAWN)} (default all)")
     parser.add_argument("--dtype", default="float32,bfloat16,float16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--only", default="", metavar="REGEX", help="contests in whose name it is found")
+    parser.add_argument("--drawn", type=int, metavar="COUNT", help="so many contests drawn at random, not the table's")
+    parser.add_argument("--seed", type=int, default=0, help="of those drawn (default 0)")
     options = parser.parse_args()
-    slower = []
-    for contest in contests(options.op.split(","), options.dtype.split(",")):
+    names, dtypes = NAMES if options.drawn is None else tuple(DRAWN), options.dtype.split(",")
+    ops = options.op.split(",") if options.op else list(names)
+    if unknown := [op for op in ops if op not in names]:
+        parser.error(f"--op: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+    all_contests = contests(ops, dtypes) if options.drawn is None else drawn(ops, dtypes, options.seed)
+    slower, count = [], 0
+    for contest in itertools.islice(all_contests, options.drawn):
         if not re.search(options.only, contest.name):
             continue
+        count += 1
         ours, theirs = contest.bind()
         for _ in range(ATTEMPTS):
             others = machine.OtherPrograms()
@@ -173,7 +223,7 @@ def main() -> int:
         print(line, flush=True)
         if best < 1:
             slower.append((best, line))
-    print(f"\n{len(slower)} slower than PyTorch")
+    print(f"\n{len(slower)} of {count} slower than PyTorch")
     for _, line in sorted(slower):
         print(line)
     return 1 if slower else 0

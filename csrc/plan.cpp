@@ -64,7 +64,14 @@ constexpr std::size_t kLongBlock = std::size_t{8} << 20;
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
-// What a sample is to be counted as, in elements.
+// What a call is to be counted as, in elements: runs and columns cost something each.
+std::size_t channel_work(ChannelShape shape, const Cut& cut) {
+  const std::size_t elements = shape.outer * shape.channels * shape.inner;
+  return elements + (cut.side_by_side ? kColumnWork * shape.channels * shape.inner
+                                      : kRunWork * shape.outer * shape.channels * cut.pieces);
+}
+
+// The same of a sample of groups.
 std::size_t group_work(GroupShape shape) {
   return shape.outer * shape.channels * shape.inner + kGroupWork * shape.groups;
 }
@@ -101,7 +108,8 @@ Caches caches() {
 }
 
 Cut cut_channels(ChannelShape shape) {
-  const bool short_runs = shape.inner <= kShortRun && shape.outer > std::clamp(shape.inner / 2, kFewRows, kManyRows);
+  const std::size_t fewer = shape.inner < kShortestRun ? 1 : std::min(shape.inner / 2, kManyRows);
+  const bool short_runs = shape.inner <= kShortRun && shape.outer > fewer;
   return cut_up(shape, shape.inner == 1 || short_runs);
 }
 
@@ -117,12 +125,12 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   plan.stream = streams(elements * itemsize, arrays);
   plan.passes = 1;
   plan.slab = shape.channels;
-  plan.serial = elements < kSerial;
+  const Cut cut = cut_channels(shape);
+  plan.serial = channel_work(shape, cut) < kSerial;
   if (plan.serial) return plan;
 
   // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well. Folded rows
   // are whole rows: their channels stay together.
-  const Cut cut = cut_channels(shape);
   const std::size_t line = kLine / itemsize, whole = line / std::gcd(line, shape.inner);
   const bool past_cache = cut.side_by_side && plan.stream;
   const auto slabs_of = [&](std::size_t most) {

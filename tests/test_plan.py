@@ -28,10 +28,17 @@ def test_short_runs_are_walked_across_channels():
 
 
 def test_short_runs_of_few_rows_stay_runs():
-    for length, fewest in ((3, 8), (16, 9), (49, 25), (64, 33), (256, 33)):
+    for length, fewest in ((3, 2), (15, 2), (16, 9), (49, 25), (64, 33), (256, 33)):
         across = [fastnorm.plan("batchnorm", (rows, 512, length)).side_by_side for rows in range(1, 40)]
         assert across == [False] * (fewest - 1) + [True] * (40 - fewest)
     assert not fastnorm.plan("batchnorm", (1000, 512, 257)).side_by_side
+
+
+def test_runs_and_columns_count_as_work_for_threads():
+    for shape in ((6, 8192), (2, 2048, 3), (1, 1024, 49)):
+        assert fastnorm.plan("batchnorm", shape, threads=2).slab == shape[1] // 2, "of fewer elements than 64 Ki"
+    for shape in ((6, 512), (2, 128, 3), (1, 128, 49)):
+        assert fastnorm.plan("batchnorm", shape, threads=2).slab == shape[1], "too little work to share"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

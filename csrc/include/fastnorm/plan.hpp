@@ -11,6 +11,10 @@ namespace fastnorm {
 // Elements below which waking threads costs more than it saves: a parallel region takes 0.4 to 2 us
 // (bench/two_speeds.cpp) and what threads hand one another as much again, a core goes over this many float32 in 10.
 constexpr std::size_t kSerial = 1 << 16;
+// Elements that a run, or a column of channels side by side, counts as besides its own: (2, 8192) takes 12 us, (6,
+// 8059) 20, (7, 512, 4, 4) as runs 13.
+constexpr std::size_t kRunWork = 32;
+constexpr std::size_t kColumnWork = 12;
 // Elements from a line being written to the one being fetched, in the same stream, where no next slab or row is
 // known.
 constexpr std::size_t kReadAhead = 256;
@@ -52,12 +56,14 @@ Caches caches();
 // Elements of one exact two-pass block: 16 KB of float32, so its second pass reads L1.
 constexpr std::size_t kChunk = 4096;
 // Runs of at most this many elements are short: channels are then treated as lying side by side, if there are rows
-// enough to pay for the coefficients of every element of a row, more than half as many as a run has elements, within
-// these bounds. Time as runs of that as columns, 256 channels on two threads, forward and backward: 7x7 of 8 rows 0.74
-// and 0.60, of 24 0.84 and 0.88, of 64 0.94 and 1.07; 14x14 of 8 0.69 and 0.74, of 32 0.98 and 0.91; 3x3 of 8, 512
-// channels, 2.1 and 1.8; past the cache, (64, 2048, 7, 7), 1.36 and 1.83.
+// enough to pay for the coefficients of every element of a row: more than half as many as a run has elements, or than
+// 32 for the longest, any two for runs of less than a vector. Time as runs of that as columns, 256 channels on two
+// threads, forward and backward: 7x7 of 8 rows 0.74 and 0.60, of 24 0.84 and 0.88, of 64 0.94 and 1.07; 14x14 of 8 0.69
+// and 0.74, of 32 0.98 and 0.91; past the cache, (64, 2048, 7, 7), 1.36 and 1.83. On one core, 512 channels: 2x2 of 2
+// rows 2.0 and 1.3, 3x3 of 2 1.5 and 0.96, of 4 1.6 and 1.5; runs of 15 of 2 1.3 and 0.78, of 7 1.3 and 1.15; 4x4 of
+// 2 1.15 and 0.57, of 7 1.13 and 0.85.
 constexpr std::size_t kShortRun = 256;
-constexpr std::size_t kFewRows = 7;
+constexpr std::size_t kShortestRun = 16;
 constexpr std::size_t kManyRows = 32;
 // Shorter ones than this are also where a pass only writes.
 constexpr std::size_t kWrittenRun = 24;
