@@ -148,8 +148,8 @@ struct ChannelCall {
       layout.joined = cut_channels(joined_shape());
       groups = std::max(groups, layout.joined.groups);
     }
-    // Partial results of all groups, two doubles a channel, and an rstd a statistic.
-    layout.partials = (2 * groups + 1) * layout.widest;
+    // Partial results of all groups, two doubles a channel; an rstd a statistic; and `dy_xhat`.
+    layout.partials = (2 * groups + 2) * layout.widest;
   }
   // Four coefficients a channel, each spread as the geometry reads them.
   size_t coefficients() const { return 4 * layout.room; }
@@ -159,6 +159,7 @@ struct ChannelCall {
     size_t c0, c1;
     double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
     double *mean, *rstd;     // by statistic
+    double* dy_xhat;         // sum(dy*xhat) of channels that share statistics
     Coefficients<A> k;
     size_t ahead;  // elements to the next slab of the same worker; 0 where none will be found in cache
     size_t width() const { return c1 - c0; }
@@ -187,8 +188,9 @@ struct ChannelCall {
     s.c1 = std::min(end, layout.first + index * plan.slab);
     s.rstd = partials;
     s.mean = mean + s.c0 / span;
-    s.first = partials + layout.widest;
-    s.second = s.first + (layout.partials - layout.widest) / 2;
+    s.dy_xhat = partials + layout.widest;
+    s.first = partials + 2 * layout.widest;
+    s.second = partials + layout.partials / 2 + layout.widest;
     const size_t room = layout.room;
     const Coefficients<A> k{coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
     s.k = out == nullptr ? k : k.from(geometry.shift(out + s.c0 * geometry.shape.inner));
@@ -319,13 +321,16 @@ struct ChannelCall {
     }
   }
 
-  // From these to sum(dy) and sum(dy*xhat), in place, and added to the sums over samples: of channels with statistics
-  // of their own.
+  // From these to sum(dy) and sum(dy*xhat) of channels with statistics of their own, in place, and added to the sums
+  // over samples.
   void add_sums(const Slab& s, size_t at, size_t n) const {
     products_with_xhat<A>(s.second + at, s.first + at, s.mean + at, s.rstd + at, n);
+    add_to_samples(s, at, n, s.second);
+  }
+  void add_to_samples(const Slab& s, size_t at, size_t n, const double* dy_xhat) const {
     by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
       add(sum_dy + c, s.first + i, some);
-      add(sum_dy_xhat + c, s.second + i, some);
+      add(sum_dy_xhat + c, dy_xhat + i, some);
     });
   }
 
@@ -346,8 +351,9 @@ struct ChannelCall {
                               divisor);
       else
         shared_coefficients(s.k.from(i), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
-                            s.first + i, s.second + i, divisor, sum_dy + c, sum_dy_xhat + c);
+                            s.first + i, s.second + i, divisor, s.dy_xhat + i);
     });
+    if (span > 1) add_to_samples(s, at, n, s.dy_xhat);
     spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
 

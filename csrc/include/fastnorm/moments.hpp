@@ -48,12 +48,69 @@ FASTNORM_INLINE Moments merge_equal(double each, const double* mean, const doubl
   return {each * n, merged, total<double>(combined(squares))};
 }
 
-// The mean and variance of n statistics, each of `parts` such parts after one another. The same bits, several at once
-// where a vector is made of whole statistics.
+// Statistics of `span` adjacent doubles, of which a vector holds `each` whole ones.
+struct Packing {
+  size_t span, each;
+  // Of a lane: its statistic, the first lane of that, and its next lane, after the last one the first again.
+  Indices<double> statistic, first, next;
+
+  explicit Packing(size_t of_span) : span(of_span), each(kLanes<double> / of_span) {
+    const auto size = static_cast<Index<double>>(span);
+    const Indices<double> lane = lane_numbers<double>();
+    statistic = lane * (64 / size + 1) >> 6;  // lane / size, where there are up to 8: vectors are divided lane by lane
+    first = statistic * size;
+    next = lane + 1 - first == size ? first : lane + 1;
+  }
+
+  // f(i, c, how) for vectors of n statistics: those from i on, whose doubles begin at c.
+  template <class F>
+  FASTNORM_INLINE void for_vectors(size_t n, const F& f) const {
+    size_t i = 0, c = 0;
+    const size_t step = each * span;
+    if (step == kLanes<double>)
+      for (; i + each <= n; i += each, c += step) f(i, c, Whole{});
+    for (; i < n; i += each, c += step) f(i, c, Part{std::min(step, n * span - c)});
+  }
+
+  // A value of each statistic, one after the other from p on, in all of its lanes, and the inverse.
+  template <class How>
+  FASTNORM_INLINE Vector<double> load(const double* p, How how) const {
+    return __builtin_shuffle(load_part(p, count(how), Vector<double>{}), statistic);
+  }
+  template <class How>
+  FASTNORM_INLINE void put(double* p, Vector<double> v, How how) const {
+    store_part(p, __builtin_shuffle(v, lane_numbers<double>() * static_cast<Index<double>>(span)), count(how));
+  }
+  size_t count(Whole) const { return each; }
+  size_t count(Part part) const { return part.n < each * span ? part.n / span : each; }
+
+  // The sum over each statistic's lanes, in all of them.
+  FASTNORM_INLINE Vector<double> sums(Vector<double> v) const {
+    const Indices<double> lane = lane_numbers<double>();
+    const auto halves = [&](size_t lanes) FASTNORM_INLINE_LAMBDA {
+      for (auto half = static_cast<Index<double>>(lanes / 2); half > 0; half /= 2)
+        v += __builtin_shuffle(v, lane ^ half);
+      return v;
+    };
+    if ((span & (span - 1)) == 0) return halves(span);
+    if (each == 1) {
+      v = statistic == 0 ? v : Vector<double>{};
+      return halves(kLanes<double>);
+    }
+    Vector<double> turned = v;
+    for (size_t k = 1; k < span; ++k) {
+      turned = __builtin_shuffle(turned, next);
+      v += turned;
+    }
+    return __builtin_shuffle(v, first);
+  }
+};
+
+// The mean and variance of n statistics, each of `parts` such parts after one another, several at once where a vector
+// holds more than one.
 inline void merge_equal(double each, const double* part_means, const double* part_m2s, size_t parts, size_t n,
                         double* mean, double* var) {
-  constexpr size_t lanes = kLanes<double>;
-  if (parts >= lanes || lanes % parts != 0) {
+  if (2 * parts > kLanes<double>) {
     for (size_t i = 0; i < n; ++i) {
       const Moments all = merge_equal(each, part_means + i * parts, part_m2s + i * parts, parts);
       mean[i] = all.mean;
@@ -61,20 +118,14 @@ inline void merge_equal(double each, const double* part_means, const double* par
     }
     return;
   }
-  const auto share = static_cast<Index<double>>(parts);
-  const Indices<double> lane = lane_numbers<double>(), first = lane & -share, packed = lane * share;
-  const auto added = [&](Vector<double> v) FASTNORM_INLINE_LAMBDA {
-    for (Index<double> half = share / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
-    return v;
-  };
+  const Packing packing(parts);
   const Vector<double> count = broadcast(static_cast<double>(parts)), weight = broadcast(each);
-  for_columns<double>(n * parts, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
-    const Vector<double> means = how.load(part_means + i), one = __builtin_shuffle(means, first),
-                         merged = one + added(means - one) / count, delta = means - merged,
-                         squares = added(mul_add(delta * delta, weight, how.load(part_m2s + i)));
-    const size_t some = std::min(lanes, n * parts - i) / parts;
-    store_part(mean + i / parts, __builtin_shuffle(merged, packed), some);
-    store_part(var + i / parts, __builtin_shuffle(squares / (count * weight), packed), some);
+  packing.for_vectors(n, [&](size_t i, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+    const Vector<double> means = how.load(part_means + c), one = __builtin_shuffle(means, packing.first),
+                         merged = one + packing.sums(means - one) / count, delta = means - merged,
+                         squares = packing.sums(mul_add(delta * delta, weight, how.load(part_m2s + c)));
+    packing.put(mean + i, merged, how);
+    packing.put(var + i, squares / (count * weight), how);
   });
 }
 
