@@ -105,8 +105,8 @@ def _normalization(case: Case, direction: Direction) -> Contest:
 
 
 def drawn(ops: list[str], dtypes: list[str], seed: int) -> Iterator[Contest]:
-    """Normalizations without end. Each axis is drawn alike over the logarithm of its length, half of the tables and of the images have
-    powers of two, channels of images are a multiple of 8."""
+    """Normalizations without end. Each axis is drawn alike over the logarithm of its length; half of the tables and of
+    the images have powers of two; channels of images are a multiple of 8."""
     draw = random.Random(seed)
 
     def length(least: int, most: int, power: bool = False) -> int:
