@@ -22,7 +22,8 @@ GROUPS = [
     (3, 1, 6, 10, 2), (3, 10, 6, 1, 2), (2, 1, 8, 49, 8), (2, 49, 8, 1, 4), (5, 1, 12, 1, 3), (1, 1, 5, 1, 5),
     (70, 1, 4, 5, 2), (131, 20, 24, 1, 3), (3, 1, 33, 47, 11), (3, 47, 33, 1, 11), (2, 1, 6, 9001, 2),
     (2, 9001, 6, 1, 2), (1, 1, 4, 50_001, 1), (4, 196, 520, 1, 8), (4, 1, 520, 196, 8), (2, 300, 40, 3, 5),
-    (2, 7, 33, 3, 11), (3, 1025, 7, 1, 7), (1000, 1, 32, 3, 8), (259, 1, 300, 1, 20),
+    (2, 7, 33, 3, 11), (3, 1025, 7, 1, 7), (1000, 1, 32, 3, 8), (259, 1, 300, 1, 20), (3, 5, 35, 1, 7),
+    (2, 1, 42, 9, 7), (13, 4, 21, 1, 3), (6, 3, 90, 1, 9),
 ]  # fmt: skip
 ROWS = [(1, 1), (5, 7), (300, 129), (4, 4099), (37, 1024), (2, 100_003)]
 
@@ -99,6 +100,31 @@ def test_groups_depend_on_nothing_else(length, dtype, table):
     off = np.abs(together[1][good] - truth.mean(1))
     assert (off <= 1e-6 * (np.abs(truth.mean(1)) + truth.std(1))).all()
     np.testing.assert_allclose(together[2][good], truth.var(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("span", range(1, 18))
+def test_groups_share_vectors_not_values(span, bad, table):
+    """What a group's neighbours hold changes no bit of it, in whatever lanes of a vector they lie."""
+    count = 7
+    for outer, inner in ((1, 5), (4, 1)):
+        shape = (3, outer, count * span, inner, count)
+        x, dy, gamma, beta = kernel_inputs(3 * outer * count * span * inner, count * span, "float32")
+        among = (3, outer, count, span, inner)
+        whole = _of_groups(table, shape, x, dy, gamma, beta)
+        for group in (0, 1, 3, 6):
+            spoilt = x.reshape(among).copy()
+            spoilt[1, :, group] = bad
+            found = _of_groups(table, shape, spoilt.ravel(), dy, gamma, beta)
+            kept = np.ones((3, count), bool)
+            kept[1, group] = False
+            for name, (axes, mask) in {
+                **dict.fromkeys(("y", "dx"), (among, np.broadcast_to(kept[:, None, :, None, None], among))),
+                **dict.fromkeys(("mean", "var"), ((3, count), kept)),
+                **dict.fromkeys(("sum_dy", "sum_dy_xhat"), ((count, span), np.arange(count) != group)),
+            }.items():
+                expected, got = (results[name].reshape(axes)[mask] for results in (whole, found))
+                assert got.tobytes() == expected.tobytes(), (name, group, shape)
 
 
 @pytest.mark.parametrize("ratio", [1e3, 1e6])
