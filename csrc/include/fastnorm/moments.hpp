@@ -51,15 +51,12 @@ FASTNORM_INLINE Moments merge_equal(double each, const double* mean, const doubl
 // Statistics of `span` adjacent doubles, of which a vector holds `each` whole ones.
 struct Packing {
   size_t span, each;
-  // Of a lane: its statistic, the first lane of that, and its next lane, after the last one the first again.
-  Indices<double> statistic, first, next;
+  Indices<double> statistic, first;  // of a lane: its statistic, and the first lane of that
 
   explicit Packing(size_t of_span) : span(of_span), each(kLanes<double> / of_span) {
     const auto size = static_cast<Index<double>>(span);
-    const Indices<double> lane = lane_numbers<double>();
-    statistic = lane * (64 / size + 1) >> 6;  // lane / size, where there are up to 8: vectors are divided lane by lane
+    statistic = lane_numbers<double>() * (64 / size + 1) >> 6;  // lane / size, up to 8: vectors have no division
     first = statistic * size;
-    next = lane + 1 - first == size ? first : lane + 1;
   }
 
   // f(i, c, how) for vectors of n statistics: those from i on, whose doubles begin at c.
@@ -84,7 +81,7 @@ struct Packing {
   size_t count(Whole) const { return each; }
   size_t count(Part part) const { return part.n < each * span ? part.n / span : each; }
 
-  // The sum over each statistic's lanes, in all of them.
+  // The sum over each statistic's lanes, in all of them; lanes of none are 0.
   FASTNORM_INLINE Vector<double> sums(Vector<double> v) const {
     const Indices<double> lane = lane_numbers<double>();
     const auto halves = [&](size_t lanes) FASTNORM_INLINE_LAMBDA {
@@ -93,14 +90,11 @@ struct Packing {
       return v;
     };
     if ((span & (span - 1)) == 0) return halves(span);
-    if (each == 1) {
-      v = statistic == 0 ? v : Vector<double>{};
-      return halves(kLanes<double>);
-    }
-    Vector<double> turned = v;
+    if (each == 1) return halves(kLanes<double>);
+    Vector<double> next = v;
     for (size_t k = 1; k < span; ++k) {
-      turned = __builtin_shuffle(turned, next);
-      v += turned;
+      next = __builtin_shuffle(next, lane + 1);
+      v += next;
     }
     return __builtin_shuffle(v, first);
   }
