@@ -50,6 +50,7 @@ class Plan:
     """(outer, channels, inner) of batchnorm, the same after the samples of groupnorm and instancenorm, (rows, cols) of
     layernorm and rmsnorm, as they lie in memory; (elements,) of dropout."""
     threads: int
+    """That work on it: one where waking others would cost more than they save."""
     packed: bool
     """Whether the array has to be copied into an order of memory that kernels read; dropout does so by the piece."""
     side_by_side: bool
@@ -80,10 +81,14 @@ class Plan:
         sizes, unit = (family.sizes, family.unit) if family else (("elements",), "elements")
         sized = ", ".join(f"{name} {size}" for name, size in zip(sizes, self.sizes, strict=True))
         reads = "1 read" if self.reads == 1 else f"{self.reads} reads"
+        workers = (
+            "one thread" if self.threads == 1
+            else f"shared by {self.threads} threads" if self.shared
+            else f"one for each of {self.threads} threads"
+        )  # fmt: skip
         lines = [
             f"{self.op} {self.direction}, {self.dtype}: {sized}" + (", packed first" if self.packed else ""),
-            f"slab    {self.slab} {unit}, {_size(self.slab_bytes)}, "
-            + (f"shared by {self.threads} threads" if self.shared else f"one for each of {self.threads} threads"),
+            f"slab    {self.slab} {unit}, {_size(self.slab_bytes)}, {workers}",
             f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run")
             if self.groups
             else "sums    none",
@@ -152,8 +157,9 @@ def plan(
         how = (core.plan_channels if family is _CHANNELS else core.plan_rows)(*view.sizes, *load)
     reads = arrays * how["passes"]
     return Plan(
-        op=op, direction=direction, dtype=storage.name, sizes=tuple(view.sizes), threads=threads, packed=packed,
-        side_by_side=how["side_by_side"], groups=how["groups"], slab=how["slab"], slab_bytes=how["slab_bytes"],
+        op=op, direction=direction, dtype=storage.name, sizes=tuple(view.sizes),
+        threads=1 if how["serial"] else threads, packed=packed, side_by_side=how["side_by_side"],
+        groups=how["groups"], slab=how["slab"], slab_bytes=how["slab_bytes"],
         shared=how["team"], streams=how["stream"], ahead=how["ahead"], reads=reads, writes=1,
         bytes=(reads + 1) * size * storage.itemsize, floor=(arrays + 1) * size * storage.itemsize,
     )  # fmt: skip
@@ -173,7 +179,7 @@ def _of_dropout(
     order = _c_strides(shape, storage.itemsize)
     in_order = all(n == 1 or stride == step for n, stride, step in zip(shape, strides, order, strict=True))
     return Plan(
-        op=DROPOUT, direction=direction, dtype=storage.name, sizes=(size,), threads=threads,
+        op=DROPOUT, direction=direction, dtype=storage.name, sizes=(size,), threads=1 if how["serial"] else threads,
         packed=not (direct and in_order), side_by_side=how["side_by_side"], groups=how["groups"], slab=how["slab"],
         slab_bytes=how["slab_bytes"], shared=how["team"], streams=how["stream"], ahead=how["ahead"], reads=1, writes=1,
         bytes=moved, floor=moved,

@@ -41,6 +41,17 @@ def test_runs_and_columns_count_as_work_for_threads():
         assert fastnorm.plan("batchnorm", shape, threads=2).slab == shape[1], "too little work to share"
 
 
+@pytest.mark.parametrize(
+    ("op", "shape", "forward", "backward"),
+    [("layernorm", (1024, 16), 2, 2), ("rmsnorm", (2048, 4), 2, 2), ("layernorm", (500, 16), 1, 1),
+     ("layernorm", (64, 800), 1, 2), ("batchnorm", (48, 1024), 1, 2), ("batchnorm", (32, 512), 1, 1)],
+)  # fmt: skip
+def test_threads_are_woken_for_rows_and_for_a_backward_sooner_than_for_elements(op, shape, forward, backward):
+    assert [fastnorm.plan(op, shape, direction=d, threads=2).threads for d in ("forward", "backward")] == [
+        forward, backward,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("shape", [(1, 512, 28, 28), (2, 320, 32, 32), (16, 512, 7, 7), (400, 1000)])
 def test_threads_get_as_many_channels_each(shape, direction):

@@ -207,6 +207,7 @@ py::dict described(const fastnorm::ChannelPlan& plan, const ChannelShape& shape,
   result["side_by_side"] = cut.side_by_side;
   result["fold"] = cut.fold;
   result["groups"] = cut.groups;
+  result["serial"] = plan.serial;
   result["team"] = plan.team;
   result["slab"] = plan.slab;
   result["slab_bytes"] = plan.slab * shape.outer * shape.inner * itemsize * arrays;
@@ -236,6 +237,7 @@ void register_plan(py::module_& m) {
     py::dict result;
     result["side_by_side"] = false;
     result["groups"] = (cols + fastnorm::kChunk - 1) / fastnorm::kChunk;
+    result["serial"] = plan.serial;
     result["team"] = plan.team;
     result["slab"] = plan.rows;
     result["slab_bytes"] = plan.rows * cols * itemsize * arrays;
@@ -249,6 +251,7 @@ void register_plan(py::module_& m) {
     py::dict result;
     result["side_by_side"] = false;
     result["groups"] = 0;
+    result["serial"] = plan.tasks <= 1;
     result["team"] = false;
     result["slab"] = std::min(plan.task, elements);
     result["slab_bytes"] = std::min(plan.task, elements) * itemsize;

@@ -15,6 +15,8 @@ constexpr std::size_t kSerial = 1 << 16;
 // 8059) 20, (7, 512, 4, 4) as runs 13.
 constexpr std::size_t kRunWork = 32;
 constexpr std::size_t kColumnWork = 12;
+// The same of a row: one of 16 takes 12 ns forward, 9 backward.
+constexpr std::size_t kRowWork = 48;
 // Elements from a line being written to the one being fetched, in the same stream, where no next slab or row is
 // known.
 constexpr std::size_t kReadAhead = 256;
@@ -153,6 +155,7 @@ struct Bundles {
 Bundles bundles_of(GroupShape shape);
 
 struct RowPlan {
+  bool serial;         // too little work to wake threads for
   bool team;           // all threads on the same rows, split by columns; else rows of its own for each thread
   std::size_t rows;    // that go through all passes before the next ones
   std::size_t task;    // rows a task

@@ -183,7 +183,7 @@ struct Row {
   static void over_rows(RowShape shape, const RowPlan& plan, F task) {
     const auto run = [&](size_t i, int) { task(i * plan.task, std::min(shape.rows, (i + 1) * plan.task)); };
     const size_t count = (shape.rows + plan.task - 1) / plan.task;
-    if (shape.rows * shape.cols < kSerial)
+    if (plan.serial)
       SerialLoop{0}(count, run);
     else
       parallel_for(count, run);
@@ -424,7 +424,7 @@ struct Row {
       std::copy_n(beta_total, n, dbeta + k0);
     };
     const size_t strips = dgamma == nullptr ? 0 : (cols + kStrip - 1) / kStrip;
-    if (shape.rows * cols < kSerial) {
+    if (plan.serial) {
       SerialLoop{0}(tasks, one);
       SerialLoop{0}(strips, finish);
     } else {
