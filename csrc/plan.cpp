@@ -197,8 +197,10 @@ Walk plan_written(ChannelShape shape, std::size_t itemsize, std::size_t arrays, 
   return written;
 }
 
-Bundles bundles_of(GroupShape shape) {
-  const std::size_t most = std::clamp<std::size_t>(shape.samples * group_work(shape) / kBundle, 1, kMaxGroups);
+Bundles bundles_of(GroupShape shape, bool sums) {
+  std::size_t most = shape.samples * group_work(shape) / kBundle;
+  if (sums) most = std::min(most, shape.samples * shape.outer * shape.inner / kBundlePositions);
+  most = std::clamp<std::size_t>(most, 1, kMaxGroups);
   std::size_t bundles = 1;  // a power of two, which most numbers of threads share equally
   while (2 * bundles <= most) bundles *= 2;
   return {shape.samples, std::min(bundles, shape.samples)};
@@ -225,7 +227,12 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   }
   const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;
   if (in_l2 >= shape.channels) {
-    if (shape.outer == 1) plan.slab *= std::min(bundles_of(shape).largest(), in_l2 / shape.channels);
+    // Backward: one block, whose sums need not go through memory as doubles.
+    const std::size_t most = arrays == 2 && cut.side_by_side && cut.units == 1 ? kBlockColumns / shape.inner : in_l2;
+    if (shape.channels > most)
+      plan.slab = ceil_div(shape.groups, ceil_div(shape.channels, most)) * span;
+    else if (shape.outer == 1)
+      plan.slab *= std::min(bundles_of(shape, arrays == 2).largest(), most / shape.channels);
     return plan;
   }
   const std::size_t narrowest =
@@ -246,7 +253,7 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   // If that keeps three quarters of the threads busy to the end. (Asking for four tasks a thread, two to four samples
   // of channels last were shared by two threads one after the other, and took up to 1.8 times as long.)
   const std::size_t slabs = shape.channels / plan.slab;
-  const Bundles bundles = bundles_of(shape);
+  const Bundles bundles = bundles_of(shape, arrays == 2);
   const std::size_t busiest = ceil_div(bundles.count * slabs, workers) * bundles.largest();
   if (4 * shape.samples * slabs > 3 * busiest * workers && slab_bytes <= share) return plan;
   if (in_slabs) {

@@ -108,18 +108,20 @@ struct ChannelCall {
   // twentieth of the time of (16, 512, 14, 14) backward.
   struct Layout {
     size_t first, widest;  // channels of the first slab and of the widest
-    size_t partials;       // doubles
+    size_t groups;         // whose partial results are kept
     size_t room;           // values of one coefficient
     Cut joined;            // of channels that share a statistic and lie in one run
   };
   Layout layout{};
+  bool begins = true;  // whether sums over samples begin with the first one, else are added to
 
   size_t channels() const { return geometry.shape.channels; }
   size_t groups() const { return geometry.cut.groups; }
 
-  // The same call from this sample on; sums go to row `bundle` of theirs.
-  ChannelCall from_sample(size_t sample, size_t bundle) const {
+  // The same call from this sample on, the first of its bundle or not; sums go to row `bundle` of theirs.
+  ChannelCall from_sample(size_t sample, size_t bundle, bool first) const {
     ChannelCall one = *this;
+    one.begins = first;
     const size_t elements = sample * size(), statistics = sample * (channels() / span);
     if (dy != nullptr) one.dy += elements;
     one.x += elements;
@@ -143,14 +145,14 @@ struct ChannelCall {
     layout.first = first_slab();
     layout.widest = std::max(plan.slab, layout.first);
     layout.room = geometry.spread_length(layout.widest) + kPadding<A>;
-    size_t groups = geometry.cut.in_line ? 0 : this->groups();  // none where it only writes
+    layout.groups = geometry.cut.in_line ? 0 : groups();  // none where it only writes
     if (joins()) {
       layout.joined = cut_channels(joined_shape());
-      groups = std::max(groups, layout.joined.groups);
+      layout.groups = std::max(layout.groups, layout.joined.groups);
     }
-    // Partial results of all groups, two doubles a channel; an rstd a statistic; and `dy_xhat`.
-    layout.partials = (2 * groups + 2) * layout.widest;
   }
+  // Doubles of a slab: what it has by statistic and by channel, and partial results of groups.
+  size_t partials() const { return (2 * layout.groups + 3) * layout.widest; }
   // Four coefficients a channel, each spread as the geometry reads them.
   size_t coefficients() const { return 4 * layout.room; }
 
@@ -159,7 +161,8 @@ struct ChannelCall {
     size_t c0, c1;
     double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
     double *mean, *rstd;     // by statistic
-    double* dy_xhat;         // sum(dy*xhat) of channels that share statistics
+    double* dy_xhat;         // sum(dy*xhat) by channel
+    double *g, *g_xhat;      // sum(dy*gamma) and sum(dy*xhat*gamma) of statistics that channels share
     Coefficients<A> k;
     size_t ahead;  // elements to the next slab of the same worker; 0 where none will be found in cache
     size_t width() const { return c1 - c0; }
@@ -188,9 +191,11 @@ struct ChannelCall {
     s.c1 = std::min(end, layout.first + index * plan.slab);
     s.rstd = partials;
     s.mean = mean + s.c0 / span;
-    s.dy_xhat = partials + layout.widest;
-    s.first = partials + 2 * layout.widest;
-    s.second = partials + layout.partials / 2 + layout.widest;
+    s.g = partials + layout.widest;
+    s.g_xhat = s.g + layout.widest / 2;
+    s.dy_xhat = partials + 2 * layout.widest;
+    s.first = partials + 3 * layout.widest;
+    s.second = s.first + layout.groups * layout.widest;
     const size_t room = layout.room;
     const Coefficients<A> k{coefficients, coefficients + room, coefficients + 2 * room, coefficients + 3 * room};
     s.k = out == nullptr ? k : k.from(geometry.shift(out + s.c0 * geometry.shape.inner));
@@ -321,16 +326,22 @@ struct ChannelCall {
     }
   }
 
-  // From these to sum(dy) and sum(dy*xhat) of channels with statistics of their own, in place, and added to the sums
-  // over samples.
-  void add_sums(const Slab& s, size_t at, size_t n) const {
-    products_with_xhat<A>(s.second + at, s.first + at, s.mean + at, s.rstd + at, n);
-    add_to_samples(s, at, n, s.second);
+  // sum(dy*xhat) of channels with statistics of their own, and both sums added to those over samples.
+  template <class S>
+  void add_sums(const Slab& s, size_t at, size_t n, BlockSums<S> sums) const {
+    products_with_xhat<A>(s.dy_xhat + at, sums, s.mean + at, s.rstd + at, n);
+    add_to_samples(s, at, n, sums.dy);
   }
-  void add_to_samples(const Slab& s, size_t at, size_t n, const double* dy_xhat) const {
+  template <class S>
+  void add_to_samples(const Slab& s, size_t at, size_t n, const S* dy) const {
     by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
-      add(sum_dy + c, s.first + i, some);
-      add(sum_dy_xhat + c, dy_xhat + i, some);
+      if (begins && i == at) {
+        std::copy_n(dy + (i - at), some, sum_dy + c);
+        std::copy_n(s.dy_xhat + i, some, sum_dy_xhat + c);
+      } else {
+        add(sum_dy + c, dy + (i - at), some);
+        add(sum_dy_xhat + c, s.dy_xhat + i, some);
+      }
     });
   }
 
@@ -342,19 +353,29 @@ struct ChannelCall {
     spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
 
-  // With the statistics of each sample: from the slab's first row, which is added to the sums over samples.
-  void prepare_dx_of_samples(const Slab& s, size_t at, size_t n) const {
-    if (span == 1) add_sums(s, at, n);
+  // With the statistics of each sample: from the sums of the slab, which are added to those over samples.
+  template <class S>
+  void prepare_dx_of_samples(const Slab& s, size_t at, size_t n, BlockSums<S> sums) const {
+    if (span > 1) return prepare_shared_dx(s, sums);
+    add_sums(s, at, n, sums);
     by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
-      if (span == 1)
-        backward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), s.first + i, s.second + i,
-                              divisor);
-      else
-        shared_coefficients(s.k.from(i), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
-                            s.first + i, s.second + i, divisor, s.dy_xhat + i);
+      backward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), sums.dy + (i - at),
+                            s.dy_xhat + i, divisor);
     });
-    if (span > 1) add_to_samples(s, at, n, s.dy_xhat);
     spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
+  }
+  template <class S>
+  void prepare_shared_dx(const Slab& s, BlockSums<S> sums) const {
+    const size_t n = s.width();
+    by_sample(s, 0, n, [&](size_t i, size_t some, size_t c) {
+      const size_t of = i / span;
+      shared_sums(s.k.scale + i, some / span, span, s.mean + of, s.rstd + of, from(gamma, c),
+                  BlockSums<S>{sums.dy + i, sums.products + i}, s.dy_xhat + i, s.g + of, s.g_xhat + of);
+    });
+    shared_coefficients(s.k.shift, s.k.slope, n / span, s.mean, s.rstd, s.g, s.g_xhat, divisor);
+    add_to_samples(s, 0, n, sums.dy);
+    spread({s.k.scale}, s, 0, n);
+    spread({s.k.shift, s.k.slope}, s, 0, n, span);
   }
 
   template <class Form, class Loop>
@@ -367,8 +388,8 @@ struct ChannelCall {
         Order::descending);
   }
 
-  // What calls are made of, on one slab: its statistics; these and y; its sums, and then(at, n) where those of channels
-  // [at, at + n) are known.
+  // What calls are made of, on one slab: its statistics; these and y; its sums, and then(at, n, sums) where those of
+  // channels [at, at + n) are known.
   template <class Loop>
   void moments(const Slab& s, Loop loop, A* workspace) const {
     group_moments(s, loop, workspace);
@@ -390,10 +411,15 @@ struct ChannelCall {
       find_rstds(s, at, n);
       centre(s, at, n);
     });
+    if constexpr (std::is_same_v<Loop, SerialLoop> && Geometry::kWorkspace > 0)
+      if (geometry.is_block(s.width())) {
+        A* const sums = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace;
+        return then(0, s.width(), geometry.block_sums(dy, x, s.c0, s.c1, s.k.centre, sums, summed_ahead(s.width(), 2)));
+      }
     group_sums(s, loop, workspace);
     by_channel(s, loop, [&](size_t at, size_t n) {
       add_groups(s, at, n);
-      then(at, n);
+      then(at, n, BlockSums<double>{s.first + at, s.second + at});
     });
   }
 
@@ -418,11 +444,12 @@ struct ChannelCall {
   void run(Passes passes) {
     lay_out();
     const ChannelShape& one = geometry.shape;
-    const Bundles all = bundles_of({samples, one.outer, one.channels, one.inner, one.channels / span});
+    const Bundles all =
+        bundles_of({samples, one.outer, one.channels, one.inner, one.channels / span}, sum_dy != nullptr);
     const size_t slabs = this->slabs(), bundles = all.count;
     const size_t workers = plan.serial ? 1 : static_cast<size_t>(num_threads());
     const size_t sets = plan.team ? 1 : workers;
-    const Workspace<double, 4 * kFewChannels> partials(sets * layout.partials);
+    const Workspace<double, 5 * kFewChannels> doubles(sets * partials());
     const Workspace<A, Geometry::kWorkspace + 4 * (kFewChannels + kPadding<A>)> rest(sets * coefficients() +
                                                                                      workers * Geometry::kWorkspace);
     A* workspace = rest.data() + sets * coefficients();
@@ -444,10 +471,10 @@ struct ChannelCall {
       const size_t b = task / tasks_a_bundle, first = task % tasks_a_bundle * per_task;
       const size_t w = static_cast<size_t>(worker), end = std::min(slabs, first + per_task), last = all.first(b + 1),
                    next_task = task + 1;
-      double* partial = partials.data() + w * layout.partials;
+      double* partial = doubles.data() + w * partials();
       A* lines = rest.data() + w * coefficients();
       for (size_t n = all.first(b); n < last; n += at_once) {
-        const ChannelCall call = from_sample(n, b);
+        const ChannelCall call = from_sample(n, b, n == all.first(b));
         for (size_t i = first; i < end; ++i) {
           const size_t here = slab_start(n, i);
           const size_t next = plan.passes > 1      ? here
@@ -460,20 +487,14 @@ struct ChannelCall {
         }
       }
     };
-    const auto clear_sums = [&](size_t b, size_t c0, size_t c1) {
-      std::fill_n(sum_dy + b * channels() + c0, c1 - c0, 0.0);
-      std::fill_n(sum_dy_xhat + b * channels() + c0, c1 - c0, 0.0);
-    };
     const auto alone = [&](size_t task, int worker) {
       const size_t b = task / tasks_a_bundle, column = task % tasks_a_bundle, c0 = first_channel(column * per_task),
                    c1 = std::min(channels(), first_channel((column + 1) * per_task));
-      if (gathers) clear_sums(b, c0, c1);
       some(task, worker, SerialLoop{worker});
       if (gathers) gather(b, bundles, c0, c1, met.data() + column * bundles);
     };
     if (plan.team)
       together([&](auto loop) {
-        if (gathers) loop(bundles, [&](size_t b, int) { clear_sums(b, 0, channels()); });
         for (size_t task = 0; task < tasks; ++task) some(task, 0, loop);
         if (gathers)
           loop(1, [&](size_t, int) {
@@ -486,11 +507,6 @@ struct ChannelCall {
       parallel_for(tasks, alone);
   }
 };
-
-inline void clear(double* sum_dy, double* sum_dy_xhat, size_t channels) {
-  std::fill_n(sum_dy, channels, 0.0);
-  std::fill_n(sum_dy_xhat, channels, 0.0);
-}
 
 // Calls f(geometry) with the one that walks a shape cut like this.
 template <class T, class F>
@@ -565,10 +581,9 @@ struct Channel {
   }
   static void reduce(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                      double* sum_dy, double* sum_dy_xhat) {
-    clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, nullptr, nullptr, sum_dy,
          sum_dy_xhat, 0, nullptr, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.reduce(s, loop, w, [&](size_t at, size_t n) { c.add_sums(s, at, n); });
+           c.reduce(s, loop, w, [&](size_t at, size_t n, const auto& sums) { c.add_sums(s, at, n, sums); });
          });
   }
   static void backward_apply(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var,
@@ -589,11 +604,10 @@ struct Channel {
   }
   static void backward(const T* dy, const T* x, ChannelShape shape, const double* mean, const double* var, double eps,
                        const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
-    clear(sum_dy, sum_dy_xhat, shape.channels);
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, sum_dy, sum_dy_xhat,
          static_cast<double>(shape.outer * shape.inner), dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.reduce(s, loop, w, [&](size_t at, size_t n) {
-             c.add_sums(s, at, n);
+           c.reduce(s, loop, w, [&](size_t at, size_t n, const auto& sums) {
+             c.add_sums(s, at, n, sums);
              c.prepare_dx(s, at, n);
            });
            c.template write_dx<ScaledDescent>(s, loop);

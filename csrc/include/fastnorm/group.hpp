@@ -36,19 +36,18 @@ struct Group {
 
   static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
                        double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
-    const size_t channels = shape.channels, bundles = bundles_of(shape).count;
+    const size_t channels = shape.channels, bundles = bundles_of(shape, /*sums=*/true).count;
     // Sums of each bundle of samples, where there are several.
     const Workspace<double> partial(bundles > 1 ? 2 * bundles * channels : 0);
     double *by_bundle = sum_dy, *by_bundle_xhat = sum_dy_xhat;
     if (bundles > 1) {
       by_bundle = partial.data();
       by_bundle_xhat = by_bundle + bundles * channels;
-    } else {
-      clear(sum_dy, sum_dy_xhat, channels);
     }
     call(shape, 2, dy, x, const_cast<double*>(mean), const_cast<double*>(var), eps, gamma, nullptr, by_bundle,
          by_bundle_xhat, dx, [](const auto& c, const auto& s, auto loop, A* w) {
-           c.reduce(s, loop, w, [&](size_t at, size_t n) { c.prepare_dx_of_samples(s, at, n); });
+           c.reduce(s, loop, w,
+                    [&](size_t at, size_t n, const auto& sums) { c.prepare_dx_of_samples(s, at, n, sums); });
            if (c.span == 1)
              c.template write_dx<ScaledDescent>(s, loop);
            else

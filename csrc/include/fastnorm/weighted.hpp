@@ -18,7 +18,7 @@ template <class T>
 struct Weighted {
   using A = Acc<T>;
   using V = Vector<A>;
-  static constexpr size_t kWidth = Columns<T>::kWidth, kPitch = Columns<T>::kPitch;
+  static constexpr size_t kWidth = kBlockColumns, kPitch = Columns<T>::kPitch;
   // Eight arrays by channel, and the weights of a block of folded rows.
   static constexpr size_t kSpread = kChunkRows / 2 * kFoldedRow, kWorkspace = 8 * kPitch + kSpread;
   // Elements of a task where channels are runs, about.
