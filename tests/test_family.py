@@ -53,6 +53,16 @@ def test_one_group_is_layernorm_of_the_sample_but_for_the_parameters(images, bac
     _all_close((dx, dgamma, dbeta), (their_dx, *(each.sum(axis=(1, 2)) for each in sums)))
 
 
+def test_one_group_of_a_row_is_layernorm(rng, backend):
+    x, dout = rng.standard_normal((2, 300, 43)) + 1.5
+    gamma, beta = rng.standard_normal((2, 43))
+    y, cache = fastnorm.groupnorm_forward(x, gamma, beta, 1, backend=backend)
+    expected, theirs = fastnorm.layernorm_forward(x, gamma, beta, backend=backend)
+    _close(y, expected)
+    found = fastnorm.groupnorm_backward(dout, cache, backend=backend)
+    _all_close(found, fastnorm.layernorm_backward(dout, theirs, backend=backend))
+
+
 def test_a_group_for_each_channel_is_instancenorm_to_the_bit(images, backend):
     x, dout, gamma, beta = images
     y, cache = fastnorm.groupnorm_forward(x, gamma, beta, 6, backend=backend)

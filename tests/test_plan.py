@@ -131,6 +131,13 @@ def test_groups_go_sample_by_sample():
     assert fastnorm.plan("rmsnorm", (4096, 768)).slab == fastnorm.plan("layernorm", (4096, 768)).slab
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_one_group_of_a_row_is_walked_as_that_row(direction):
+    plan = fastnorm.plan("groupnorm", (4096, 768), groups=1, direction=direction)
+    row = fastnorm.plan("layernorm", (4096, 768), direction=direction)
+    assert (plan.slab, plan.slab_bytes, plan.ahead) == (768 * row.slab, row.slab_bytes, row.ahead)
+
+
 @pytest.mark.parametrize(("side", "together"), [(8, 4), (10, 2), (12, 1), (14, 1), (16, 1)])
 def test_groups_that_fill_a_first_level_cache_are_a_slab(side, together):
     """In a backward, 32 KB of dy and x."""

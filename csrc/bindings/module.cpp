@@ -217,6 +217,20 @@ py::dict described(const fastnorm::ChannelPlan& plan, const ChannelShape& shape,
   return result;
 }
 
+py::dict described(const fastnorm::RowPlan& plan, size_t cols, size_t itemsize, size_t arrays) {
+  py::dict result;
+  result["side_by_side"] = false;
+  result["groups"] = (cols + fastnorm::kChunk - 1) / fastnorm::kChunk;
+  result["serial"] = plan.serial;
+  result["team"] = plan.team;
+  result["slab"] = plan.rows;
+  result["slab_bytes"] = plan.rows * cols * itemsize * arrays;
+  result["stream"] = plan.stream;
+  result["ahead"] = plan.ahead * itemsize;
+  result["passes"] = plan.passes;
+  return result;
+}
+
 void register_plan(py::module_& m) {
   m.def("plan_channels", [](size_t outer, size_t channels, size_t inner, size_t itemsize, size_t arrays, int threads) {
     const ChannelShape shape{outer, channels, inner};
@@ -227,24 +241,19 @@ void register_plan(py::module_& m) {
   m.def("plan_groups", [](size_t samples, size_t outer, size_t channels, size_t inner, size_t groups, size_t itemsize,
                           size_t arrays, int threads) {
     const GroupShape shape{samples, outer, channels, inner, groups};
+    if (shape.is_row()) {
+      const fastnorm::RowPlan rows = fastnorm::plan_rows(RowShape{samples, channels}, itemsize, arrays, threads);
+      py::dict result = described(rows, channels, itemsize, arrays);
+      result["slab"] = rows.rows * channels;
+      return result;
+    }
     const fastnorm::ChannelPlan plan = fastnorm::plan_groups(shape, itemsize, arrays, threads);
     const size_t to_next = plan.slab * (plan.slab < channels ? 1 : outer) * inner;
     const size_t ahead = plan.slab < samples * channels && plan.passes == 1 ? to_next : 0;
     return described(plan, shape.sample(), ahead, itemsize, arrays);
   });
   m.def("plan_rows", [](size_t rows, size_t cols, size_t itemsize, size_t arrays, int threads) {
-    const fastnorm::RowPlan plan = fastnorm::plan_rows(RowShape{rows, cols}, itemsize, arrays, threads);
-    py::dict result;
-    result["side_by_side"] = false;
-    result["groups"] = (cols + fastnorm::kChunk - 1) / fastnorm::kChunk;
-    result["serial"] = plan.serial;
-    result["team"] = plan.team;
-    result["slab"] = plan.rows;
-    result["slab_bytes"] = plan.rows * cols * itemsize * arrays;
-    result["stream"] = plan.stream;
-    result["ahead"] = plan.ahead * itemsize;
-    result["passes"] = plan.passes;
-    return result;
+    return described(fastnorm::plan_rows(RowShape{rows, cols}, itemsize, arrays, threads), cols, itemsize, arrays);
   });
   m.def("plan_dropout", [](size_t elements, size_t itemsize) {
     const fastnorm::DropoutPlan plan = fastnorm::plan_dropout(elements, itemsize);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fastnorm/channel.hpp"
+#include "fastnorm/row.hpp"
 
 namespace fastnorm::FASTNORM_LEVEL {
 
@@ -30,12 +31,15 @@ struct Group {
 
   static void forward(const T* x, const GroupShape& shape, const void* gamma, const void* beta, double eps, T* y,
                       double* mean, double* var) {
+    if (shape.is_row()) return Row<T>::forward(x, {shape.samples, shape.channels}, gamma, beta, eps, y, mean, var);
     call(shape, 1, nullptr, x, mean, var, eps, gamma, beta, nullptr, nullptr, y,
          [](const auto& c, const auto& s, auto loop, A* w) { c.forward(s, loop, w); });
   }
 
   static void backward(const T* dy, const T* x, const GroupShape& shape, const double* mean, const double* var,
                        double eps, const void* gamma, T* dx, double* sum_dy, double* sum_dy_xhat) {
+    if (shape.is_row())
+      return Row<T>::backward(dy, x, {shape.samples, shape.channels}, mean, var, eps, gamma, dx, sum_dy_xhat, sum_dy);
     const size_t channels = shape.channels, bundles = bundles_of(shape, /*sums=*/true).count;
     // Sums of each bundle of samples, where there are several.
     const Workspace<double> partial(bundles > 1 ? 2 * bundles * channels : 0);

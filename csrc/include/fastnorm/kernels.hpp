@@ -27,6 +27,8 @@ struct GroupShape {
   std::size_t samples, outer, channels, inner, groups;
   ChannelShape sample() const { return {outer, channels, inner}; }
   std::size_t span() const { return channels / groups; }
+  // Whether a sample is one run with a parameter each and one statistic for all: a row.
+  bool is_row() const { return outer * inner == 1 && groups == 1; }
 };
 
 struct RowShape {
