@@ -162,6 +162,16 @@ inline void merge_each(double* __restrict mean, double* __restrict m2, const dou
   }
 }
 
+// The part of a mean that its centre, the nearest A, leaves out.
+template <class A>
+FASTNORM_INLINE double rest_of(double mean) {
+  return mean - static_cast<double>(static_cast<A>(mean));
+}
+template <class A>
+FASTNORM_INLINE Vector<double> rest_of(Vector<double> mean) {
+  return mean - doubles_of<A>(few_of<A>(mean));
+}
+
 // sum(dy) and sum(dy*(x - centre)) of channels: doubles, or of one block as it was added up.
 template <class S>
 struct BlockSums {
@@ -174,7 +184,7 @@ inline void products_with_xhat(double* __restrict to, BlockSums<S> sums, const d
                                const double* __restrict rstd, size_t n) {
   const S* __restrict dy = sums.dy, * __restrict products = sums.products;
   for (size_t c = 0; c < n; ++c) {
-    const double rest = mean[c] - static_cast<double>(static_cast<A>(mean[c]));
+    const double rest = rest_of<A>(mean[c]);
     to[c] = rstd[c] * (static_cast<double>(products[c]) - rest * static_cast<double>(dy[c]));
   }
 }
@@ -188,12 +198,6 @@ inline void decided(bool flag, F f) {
     f(std::true_type{});
   else
     f(std::false_type{});
-}
-
-// The part of a mean that its centre, the nearest A, leaves out.
-template <class A>
-FASTNORM_INLINE Vector<double> rest_of(Vector<double> mean) {
-  return mean - doubles_of<A>(few_of<A>(mean));
 }
 
 template <bool has_gamma, bool has_beta, class A>
@@ -227,7 +231,7 @@ inline void backward_coefficients(const Coefficients<A>& to, size_t n, const dou
   const double share = 1.0 / count;
   for (size_t c = 0; c < n; ++c) {
     const double slope = -rstd[c] * sum_dy_xhat[c] * share;
-    const double rest = mean[c] - static_cast<double>(static_cast<A>(mean[c]));
+    const double rest = rest_of<A>(mean[c]);
     scales[c] = static_cast<A>(rstd[c] * (has_gamma ? static_cast<double>(gamma[c]) : 1.0));
     shifts[c] = static_cast<A>(static_cast<double>(sum_dy[c]) * share + rest * slope);
     slopes[c] = static_cast<A>(slope);
@@ -280,7 +284,7 @@ inline void shared_coefficients(A* __restrict shift, A* __restrict slope, size_t
   const double share = 1.0 / count;
   for (size_t i = 0; i < n; ++i) {
     const double exact = -rstd[i] * rstd[i] * sum_g_xhat[i] * share;
-    const double rest = mean[i] - static_cast<double>(static_cast<A>(mean[i]));
+    const double rest = rest_of<A>(mean[i]);
     shift[i] = static_cast<A>(-rstd[i] * sum_g[i] * share - rest * exact);
     slope[i] = static_cast<A>(exact);
   }
