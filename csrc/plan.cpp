@@ -85,7 +85,9 @@ Cut cut_up(ChannelShape shape, bool side_by_side) {
   cut.side_by_side = side_by_side;
   cut.fold = 1;
   if (cut.side_by_side) {
-    cut.fold = std::clamp<std::size_t>(kFoldedRow / (shape.channels * shape.inner), 1, shape.outer);
+    const std::size_t length = shape.channels * shape.inner;
+    const std::size_t most = std::max(kLeastFolded / length, shape.outer / kFoldedRows);
+    cut.fold = std::clamp<std::size_t>(std::min(kFoldedRow / length, most), 1, shape.outer);
     cut.rows = std::min(cut.fold > 1 ? kChunkRows / 2 * cut.fold : kChunkRows, shape.outer);
     cut.pieces = 1;
     cut.piece = shape.inner;

@@ -278,16 +278,15 @@ inline void shared_sums(A* scale, size_t n, size_t span, const double* mean, con
 
 // From these the shift and slope of n statistics of `count` elements, two or more.
 template <class A>
-inline void shared_coefficients(A* __restrict shift, A* __restrict slope, size_t n, const double* __restrict mean,
-                                const double* __restrict rstd, const double* __restrict sum_g,
-                                const double* __restrict sum_g_xhat, double count) {
-  const double share = 1.0 / count;
-  for (size_t i = 0; i < n; ++i) {
-    const double exact = -rstd[i] * rstd[i] * sum_g_xhat[i] * share;
-    const double rest = rest_of<A>(mean[i]);
-    shift[i] = static_cast<A>(-rstd[i] * sum_g[i] * share - rest * exact);
-    slope[i] = static_cast<A>(exact);
-  }
+inline void shared_coefficients(A* shift, A* slope, size_t n, const double* mean, const double* rstd,
+                                const double* sum_g, const double* sum_g_xhat, double count) {
+  const Vector<double> share = broadcast(1.0 / count);
+  for_columns<double>(n, [&](size_t i, auto how) FASTNORM_INLINE_LAMBDA {
+    const Vector<double> rstds = how.load(rstd + i), part = rstds * share,
+                         slopes = -rstds * part * how.load(sum_g_xhat + i);
+    put_doubles(slope + i, slopes, how);
+    put_doubles(shift + i, -part * how.load(sum_g + i) - rest_of<A>(how.load(mean + i)) * slopes, how);
+  });
 }
 
 // The first unit of group g and the number of units in it.
