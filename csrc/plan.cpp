@@ -106,6 +106,13 @@ Cut cut_up(ChannelShape shape, bool side_by_side) {
   return cut;
 }
 
+// Samples of several rows that are a slab together, if they have as many: `bytes` are those of an element.
+std::size_t samples_together(GroupShape shape, const Cut& cut, std::size_t bytes) {
+  if (cut.units > 1) return 1;
+  const std::size_t row = shape.channels * shape.inner;
+  return std::min(kTogether / (row * cut.fold + kPaddingBytes / sizeof(float)), kInL1 / (shape.outer * row * bytes));
+}
+
 }  // namespace
 
 Caches caches() {
@@ -217,24 +224,27 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   plan.passes = 1;
   plan.slab = shape.channels;
   plan.serial = is_serial(shape.samples * group_work(shape), arrays);
-  if (plan.serial) return plan;
 
   // As for single channels: slabs in half of a core's L2, if rows of a slab are long enough.
   const Cut cut = cut_channels(shape.sample());
   const bool fills_l1 = statistic_bytes >= kFew && statistic_bytes <= kInL1;
   const bool in_l3 = 3 * shape.samples * elements * itemsize <= caches().l3;
-  if (arrays == 2 && !(plan.stream && in_l3) && shape.outer == 1 && span > 1 && !cut.side_by_side && fills_l1) {
+  if (!plan.serial && arrays == 2 && !(plan.stream && in_l3) && shape.outer == 1 && span > 1 && !cut.side_by_side &&
+      fills_l1) {
     plan.slab = std::min(shape.channels, kInL1 / statistic_bytes * span);
     return plan;
   }
   const std::size_t in_l2 = caches().l2 / 2 / statistic_bytes * span;
-  if (in_l2 >= shape.channels) {
+  if (plan.serial || in_l2 >= shape.channels) {
     // Backward: one block, whose sums need not go through memory as doubles.
-    const std::size_t most = arrays == 2 && cut.side_by_side && cut.units == 1 ? kBlockColumns / shape.inner : in_l2;
+    const bool one_block = arrays == 2 && cut.side_by_side && cut.units == 1;
+    const std::size_t most = one_block ? kBlockColumns / shape.inner : std::max(in_l2, shape.channels);
     if (shape.channels > most)
       plan.slab = ceil_div(shape.groups, ceil_div(shape.channels, most)) * span;
-    else if (shape.outer == 1)
-      plan.slab *= std::min(bundles_of(shape, arrays == 2).largest(), most / shape.channels);
+    else
+      plan.slab *= std::clamp<std::size_t>(
+          shape.outer == 1 ? most / shape.channels : samples_together(shape, cut, itemsize * arrays), 1,
+          bundles_of(shape, arrays == 2).largest());
     return plan;
   }
   const std::size_t narrowest =

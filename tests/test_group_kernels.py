@@ -23,7 +23,7 @@ GROUPS = [
     (70, 1, 4, 5, 2), (131, 20, 24, 1, 3), (3, 1, 33, 47, 11), (3, 47, 33, 1, 11), (2, 1, 6, 9001, 2),
     (2, 9001, 6, 1, 2), (1, 1, 4, 50_001, 1), (4, 196, 520, 1, 8), (4, 1, 520, 196, 8), (2, 300, 40, 3, 5),
     (2, 7, 33, 3, 11), (3, 1025, 7, 1, 7), (1000, 1, 32, 3, 8), (259, 1, 300, 1, 20), (3, 5, 35, 1, 7),
-    (2, 1, 42, 9, 7), (13, 4, 21, 1, 3), (6, 3, 90, 1, 9),
+    (2, 1, 42, 9, 7), (13, 4, 21, 1, 3), (6, 3, 90, 1, 9), (133, 4, 8, 1, 4), (41, 6, 10, 3, 5),
 ]  # fmt: skip
 ROWS = [(1, 1), (5, 7), (300, 129), (4, 4099), (37, 1024), (2, 100_003)]
 
@@ -100,6 +100,20 @@ def test_groups_depend_on_nothing_else(length, dtype, table):
     off = np.abs(together[1][good] - truth.mean(1))
     assert (off <= 1e-6 * (np.abs(truth.mean(1)) + truth.std(1))).all()
     np.testing.assert_allclose(together[2][good], truth.var(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [shape for shape in GROUPS if shape[0] > 1], ids=str)
+def test_a_sample_depends_on_no_other(shape, dtype, table):
+    """To the bit, however many a kernel takes together."""
+    samples, outer, channels, inner, count = shape
+    x, dy, gamma, beta = kernel_inputs(samples * outer * channels * inner, channels, dtype)
+    together = _of_groups(table, shape, x, dy, gamma, beta)
+    for n in {0, 1, samples // 2, samples - 1}:
+        own = (a.reshape(samples, -1)[n].copy() for a in (x, dy))
+        alone = _of_groups(table, (1, outer, channels, inner, count), *own, gamma, beta)
+        for name in ("y", "mean", "var", "dx"):
+            assert together[name].reshape(samples, -1)[n].tobytes() == alone[name].tobytes(), (name, n)
 
 
 @pytest.mark.parametrize("ratio", [1e3, 1e6])

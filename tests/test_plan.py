@@ -157,6 +157,18 @@ def test_a_slab_of_groups_has_no_more_than_a_sample():
     assert plan.slab == 32
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_small_samples_are_a_slab_together(direction):
+    def slab(*shape):
+        return fastnorm.plan("groupnorm", shape, groups=4, direction=direction, axis=-1, threads=2).slab
+
+    for samples in (100, 10_000):  # for one thread and for two
+        assert slab(samples, 2, 2, 8) in range(8 * 4, 8 * 16, 8)
+    assert slab(5, 2, 2, 8) == 5 * 8, "no more than there are"
+    assert slab(10_000, 2, 2, 512) == 512, "of many channels one alone"
+    assert slab(10_000, 40, 40, 8) == 8, "of many positions, too"
+
+
 @pytest.mark.parametrize(("share", "alone"), [(0.3, False), (0.4, True)])
 def test_past_the_cache_such_a_group_is_a_slab_where_l3_would_not_hold_it(share, alone):
     samples = int(share * L3) // (512 * 14 * 14 * 4)

@@ -109,7 +109,8 @@ struct ChannelCall {
   struct Layout {
     size_t first, widest;  // channels of the first slab and of the widest
     size_t groups;         // whose partial results are kept
-    size_t room;           // values of one coefficient
+    size_t apart;          // values of one coefficient from one sample of a slab to the next
+    size_t room;           // and of all its samples
     Cut joined;            // of channels that share a statistic and lie in one run
   };
   Layout layout{};
@@ -144,7 +145,9 @@ struct ChannelCall {
   void lay_out() {
     layout.first = first_slab();
     layout.widest = std::max(plan.slab, layout.first);
-    layout.room = geometry.spread_length(layout.widest) + kPadding<A>;
+    const size_t walked = walked_at_once(layout.widest);
+    layout.apart = geometry.spread_length(walked) + kPadding<A>;
+    layout.room = layout.widest / walked * layout.apart;
     layout.groups = geometry.cut.in_line ? 0 : groups();  // none where it only writes
     if (joins()) {
       layout.joined = cut_channels(joined_shape());
@@ -156,7 +159,7 @@ struct ChannelCall {
   // Four coefficients a channel, each spread as the geometry reads them.
   size_t coefficients() const { return 4 * layout.room; }
 
-  // Channels [c0, c1) of a sample; where `outer` is 1 also of those that follow, whose channels come next in memory.
+  // Channels [c0, c1) of a sample, or all of several samples.
   struct Slab {
     size_t c0, c1;
     double *first, *second;  // [groups][width]; the first row ends up as the sums of all groups
@@ -218,20 +221,43 @@ struct ChannelCall {
     loop((width + part - 1) / part, [&](size_t i, int) { f(i * part, std::min(part, width - i * part)); });
   }
 
+  // What a geometry walks at once of a slab of so many channels: all of them where samples are single rows, which is
+  // one row of more channels; else those of one sample.
+  size_t walked_at_once(size_t n) const { return geometry.shape.outer == 1 ? n : std::min(n, channels()); }
+  struct Walked {
+    size_t at, n;     // channels of the slab
+    size_t c;         // the first of them, of its sample
+    size_t elements;  // to its sample from that of the slab
+    size_t place;     // of its first coefficient, before these are spread
+  };
+  // f(walked) for what is walked at once of channels [at, at + n).
+  template <class F>
+  void by_walk(const Slab& s, size_t at, size_t n, F f) const {
+    const size_t each = walked_at_once(n);
+    Walked w{at, each, s.c0 + at, 0, at};
+    for (;; w.at += each, w.elements += size(), w.place += layout.apart, w.c = 0) {
+      f(w);
+      if (w.at + each >= at + n) return;
+    }
+  }
+
   // Moments of each channel, or of each statistic where its channels lie in one run, by group.
   template <class Loop>
   void group_moments(const Slab& s, Loop loop, A* workspace) const {
     if (joins())
-      group_moments(joined(), s.c0 / span, s.c1 / span, s, loop, workspace);
+      group_moments(joined(), span, s, loop, workspace);
     else
-      group_moments(geometry, s.c0, s.c1, s, loop, workspace);
+      group_moments(geometry, 1, s, loop, workspace);
   }
   template <class Of, class Loop>
-  void group_moments(const Of& of, size_t c0, size_t c1, const Slab& s, Loop loop, A* workspace) const {
-    const size_t width = c1 - c0, ahead = summed_ahead(s.width(), 1);
+  void group_moments(const Of& of, size_t each, const Slab& s, Loop loop, A* workspace) const {
+    const size_t width = s.width() / each, ahead = summed_ahead(s.width(), 1);
     loop(of.cut.groups, [&](size_t g, int worker) {
-      of.moments(x, g, c0, c1, s.first + g * width, s.second + g * width,
-                 workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+      by_walk(s, 0, s.width(), [&](const Walked& w) {
+        const size_t c = w.c / each, to = g * width + w.at / each;
+        of.moments(x + w.elements, g, c, c + w.n / each, s.first + to, s.second + to,
+                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+      });
     });
   }
 
@@ -265,14 +291,16 @@ struct ChannelCall {
     rstds(s.rstd + at / span, var + (s.c0 + at) / span, n / span, eps);
   }
 
-  // f(at, n, c): channels [at, at + n) of the slab are those from c on of one sample.
+  // f(at, n, c, place): channels [at, at + n) of the slab are those from c on of one sample.
   template <class F>
   void by_sample(const Slab& s, size_t at, size_t n, F f) const {
-    const size_t end = at + n;
-    for (size_t c = s.c0 + at; at < end; at += n, c = 0) {
-      n = std::min(channels() - c, end - at);
-      f(at, n, c);
-    }
+    by_walk(s, at, n, [&](const Walked& w) {
+      size_t some;
+      for (size_t i = 0, c = w.c; i < w.n; i += some, c = 0) {
+        some = std::min(channels() - c, w.n - i);
+        f(w.at + i, some, c, w.place + i);
+      }
+    });
   }
   static const A* from(const A* parameter, size_t c) { return parameter ? parameter + c : nullptr; }
 
@@ -281,15 +309,15 @@ struct ChannelCall {
   void spread(std::initializer_list<A*> of, const Slab& s, size_t at, size_t n, size_t each = 1) const {
     for (A* values : of)
       if (n == s.width())
-        geometry.spread(values, n / each, each);
+        by_walk(s, at, n, [&](const Walked& w) { geometry.spread(values + w.place, w.n / each, each); });
       else if (at == 0)
         std::copy_n(values, kLanes<A>, values + s.width());
   }
 
   // For `apply`.
   void prepare(const Slab& s, size_t at, size_t n) const {
-    by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
-      forward_coefficients(s.k.from(i), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
+    by_sample(s, at, n, [&](size_t i, size_t some, size_t c, size_t place) {
+      forward_coefficients(s.k.from(place), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
                            from(beta, c));
     });
     spread({s.k.centre, s.k.scale, s.k.shift}, s, at, n);
@@ -298,13 +326,22 @@ struct ChannelCall {
   template <class Loop>
   void apply(const Slab& s, Loop loop) const {
     loop(
-        groups(), [&](size_t g, int) { geometry.apply(x, g, s.c0, s.c1, s.k, out, plan.stream, s.ahead); },
+        groups(),
+        [&](size_t g, int) {
+          by_walk(s, 0, s.width(), [&](const Walked& w) {
+            geometry.apply(x + w.elements, g, w.c, w.c + w.n, s.k.from(w.place), out + w.elements, plan.stream,
+                           s.ahead);
+          });
+        },
         Order::descending);
   }
 
   // For `group_sums` and `write_dx`.
   void centre(const Slab& s, size_t at, size_t n) const {
-    for (size_t i = at / span; i < (at + n) / span; ++i) s.k.centre[i] = static_cast<A>(s.mean[i]);
+    by_walk(s, at, n, [&](const Walked& w) {
+      const double* const mean = s.mean + w.at / span;
+      for (size_t i = 0; i < w.n / span; ++i) s.k.centre[w.place + i] = static_cast<A>(mean[i]);
+    });
     spread({s.k.centre}, s, at, n, span);
   }
 
@@ -313,8 +350,11 @@ struct ChannelCall {
   void group_sums(const Slab& s, Loop loop, A* workspace) const {
     const size_t width = s.width(), ahead = summed_ahead(width, 2);
     loop(groups(), [&](size_t g, int worker) {
-      geometry.reduce(dy, x, g, s.c0, s.c1, s.k.centre, s.first + g * width, s.second + g * width,
-                      workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+      by_walk(s, 0, width, [&](const Walked& w) {
+        const size_t to = g * width + w.at;
+        geometry.reduce(dy + w.elements, x + w.elements, g, w.c, w.c + w.n, s.k.centre + w.place, s.first + to,
+                        s.second + to, workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+      });
     });
   }
 
@@ -334,7 +374,7 @@ struct ChannelCall {
   }
   template <class S>
   void add_to_samples(const Slab& s, size_t at, size_t n, const S* dy) const {
-    by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
+    by_sample(s, at, n, [&](size_t i, size_t some, size_t c, size_t) {
       if (begins && i == at) {
         std::copy_n(dy + (i - at), some, sum_dy + c);
         std::copy_n(s.dy_xhat + i, some, sum_dy_xhat + c);
@@ -358,8 +398,8 @@ struct ChannelCall {
   void prepare_dx_of_samples(const Slab& s, size_t at, size_t n, BlockSums<S> sums) const {
     if (span > 1) return prepare_shared_dx(s, sums);
     add_sums(s, at, n, sums);
-    by_sample(s, at, n, [&](size_t i, size_t some, size_t c) {
-      backward_coefficients(s.k.from(i), some, s.mean + i, s.rstd + i, from(gamma, c), sums.dy + (i - at),
+    by_sample(s, at, n, [&](size_t i, size_t some, size_t c, size_t place) {
+      backward_coefficients(s.k.from(place), some, s.mean + i, s.rstd + i, from(gamma, c), sums.dy + (i - at),
                             s.dy_xhat + i, divisor);
     });
     spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
@@ -367,12 +407,16 @@ struct ChannelCall {
   template <class S>
   void prepare_shared_dx(const Slab& s, BlockSums<S> sums) const {
     const size_t n = s.width();
-    by_sample(s, 0, n, [&](size_t i, size_t some, size_t c) {
+    by_sample(s, 0, n, [&](size_t i, size_t some, size_t c, size_t place) {
       const size_t of = i / span;
-      shared_sums(s.k.scale + i, some / span, span, s.mean + of, s.rstd + of, from(gamma, c),
+      shared_sums(s.k.scale + place, some / span, span, s.mean + of, s.rstd + of, from(gamma, c),
                   BlockSums<S>{sums.dy + i, sums.products + i}, s.dy_xhat + i, s.g + of, s.g_xhat + of);
     });
-    shared_coefficients(s.k.shift, s.k.slope, n / span, s.mean, s.rstd, s.g, s.g_xhat, divisor);
+    by_walk(s, 0, n, [&](const Walked& w) {
+      const size_t of = w.at / span;
+      shared_coefficients(s.k.shift + w.place, s.k.slope + w.place, w.n / span, s.mean + of, s.rstd + of, s.g + of,
+                          s.g_xhat + of, divisor);
+    });
     add_to_samples(s, 0, n, sums.dy);
     spread({s.k.scale}, s, 0, n);
     spread({s.k.shift, s.k.slope}, s, 0, n, span);
@@ -383,7 +427,10 @@ struct ChannelCall {
     loop(
         groups(),
         [&](size_t g, int) {
-          geometry.template backward_apply<Form>(dy, x, g, s.c0, s.c1, s.k, out, plan.stream, s.ahead);
+          by_walk(s, 0, s.width(), [&](const Walked& w) {
+            geometry.template backward_apply<Form>(dy + w.elements, x + w.elements, g, w.c, w.c + w.n,
+                                                   s.k.from(w.place), out + w.elements, plan.stream, s.ahead);
+          });
         },
         Order::descending);
   }
@@ -412,9 +459,16 @@ struct ChannelCall {
       centre(s, at, n);
     });
     if constexpr (std::is_same_v<Loop, SerialLoop> && Geometry::kWorkspace > 0)
-      if (geometry.is_block(s.width())) {
-        A* const sums = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace;
-        return then(0, s.width(), geometry.block_sums(dy, x, s.c0, s.c1, s.k.centre, sums, summed_ahead(s.width(), 2)));
+      if (geometry.is_block(walked_at_once(s.width()), s.width())) {
+        A* const own = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace;
+        const size_t ahead = summed_ahead(s.width(), 2);
+        BlockSums<A> all{};
+        by_walk(s, 0, s.width(), [&](const Walked& w) {
+          const BlockSums<A> sums = geometry.block_sums(dy + w.elements, x + w.elements, w.c, w.c + w.n,
+                                                        s.k.centre + w.place, own + w.at, ahead);
+          if (w.at == 0) all = sums;
+        });
+        return then(0, s.width(), all);
       }
     group_sums(s, loop, workspace);
     by_channel(s, loop, [&](size_t at, size_t n) {

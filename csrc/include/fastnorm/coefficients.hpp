@@ -9,9 +9,9 @@
 
 namespace fastnorm::FASTNORM_LEVEL {
 
-// Between arrays that are read side by side, so that they are not whole pages apart.
 template <class A>
-constexpr size_t kPadding = 5 * kLineBytes / sizeof(A);
+constexpr size_t kPadding = kPaddingBytes / sizeof(A);
+static_assert(kPaddingBytes % kLineBytes == 0);
 
 // What the elementwise passes need of each channel, in the accumulation dtype. With mean = centre + rest
 // exactly, forward:  y = (x - centre)*scale + shift,    scale = gamma*rstd, shift = beta - rest*scale;

@@ -271,8 +271,9 @@ struct Columns {
     }
   }
 
-  // Whether the sums of so many channels are those of one block.
-  bool is_block(size_t n) const { return cut.units == 1 && n <= block_channels(); }
+  // Whether the sums of n channels are those of one block, and fit the workspace with those of `all` channels, n at a
+  // time.
+  bool is_block(size_t n, size_t all) const { return cut.units == 1 && all - n + spread_length(n) <= kBlockColumns; }
 
   // sum(dy) and sum(dy*(x - centre)) of channels [c0, c1) over a unit, in the workspace; `centres` is spread.
   BlockSums<A> block_sums(const T* dy, const T* x, const Unit& u, size_t c0, size_t c1, const A* centres, A* workspace,
