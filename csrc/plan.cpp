@@ -64,6 +64,9 @@ constexpr std::size_t kLongBlock = std::size_t{8} << 20;
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
+// Whether so many tasks keep three quarters of the threads busy to the end, where the busiest one has `most` of them.
+bool keeps_busy(std::size_t tasks, std::size_t most, std::size_t workers) { return 4 * tasks > 3 * most * workers; }
+
 // What a call is to be counted as, in elements: runs and columns cost something each.
 std::size_t channel_work(ChannelShape shape, const Cut& cut) {
   const std::size_t elements = shape.outer * shape.channels * shape.inner;
@@ -262,12 +265,12 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
   // A statistic, or a sample where channels lie side by side, for each thread in its share of L3.
   plan.slab = cut.side_by_side ? shape.channels : span;
   const std::size_t slab_bytes = statistic_bytes / span * plan.slab;
-  // If that keeps three quarters of the threads busy to the end. (Asking for four tasks a thread, two to four samples
-  // of channels last were shared by two threads one after the other, and took up to 1.8 times as long.)
+  // If that keeps threads busy. (Asking for four tasks a thread, two to four samples of channels last were shared by
+  // two threads one after the other, and took up to 1.8 times as long.)
   const std::size_t slabs = shape.channels / plan.slab;
   const Bundles bundles = bundles_of(shape, arrays == 2);
   const std::size_t busiest = ceil_div(bundles.count * slabs, workers) * bundles.largest();
-  if (4 * shape.samples * slabs > 3 * busiest * workers && slab_bytes <= share) return plan;
+  if (keeps_busy(shape.samples * slabs, busiest, workers) && slab_bytes <= share) return plan;
   if (in_slabs) {
     plan.slab = slab_of_l2();
     return plan;
@@ -285,7 +288,11 @@ RowPlan plan_rows(RowShape shape, std::size_t itemsize, std::size_t arrays, int 
   plan.serial = is_serial(shape.rows * (shape.cols + kRowWork), arrays);
   if (arrays == 1) {
     const bool one_block = shape.cols <= kChunk;
-    plan.team = !plan.serial && !one_block && (shape.rows < 4 * workers || row_bytes > caches().l3 / 2 / workers);
+    // Rows that keep threads busy are not shared: two threads, us, shared and like this, (4, 16384) 7.8 and 4.4, (6,
+    // 16384) 11.3 and 6.2, (7, 50000) 32 and 27; where threads take long to meet (4, 16384) 17.5 and 4.1. Nor are
+    // shorter ones than a thread alone goes over.
+    const bool alone = shape.cols < kSerial || keeps_busy(shape.rows, ceil_div(shape.rows, workers), workers);
+    plan.team = !plan.serial && !one_block && (!alone || row_bytes > caches().l3 / 2 / workers);
     plan.before = !one_block ? 0 : shape.cols <= kFourRows ? 4 : std::min(kRowsBefore, kBytesBefore / row_bytes);
     plan.rows = plan.before + 1;
     plan.task = plan.serial ? shape.rows

@@ -52,6 +52,17 @@ def test_threads_are_woken_for_rows_and_for_a_backward_sooner_than_for_elements(
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(L3 < 8 << 20, reason="a thread's share of L3 does not hold these rows")
+@pytest.mark.parametrize(
+    ("rows", "cols", "shared"),
+    [(4, 16384, False), (3, 30_000, False), (2, 100_000, False), (1, 100_000, True), (3, 100_000, True),
+     (5, 100_000, False), (4096, 768, False)],
+)  # fmt: skip
+def test_rows_are_shared_only_where_threads_would_wait(rows, cols, shared):
+    plan = fastnorm.plan("layernorm", (rows, cols), threads=2)
+    assert (plan.shared, plan.threads) == (shared, 2)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("shape", [(1, 512, 28, 28), (2, 320, 32, 32), (16, 512, 7, 7), (400, 1000)])
 def test_threads_get_as_many_channels_each(shape, direction):
@@ -252,11 +263,6 @@ def test_the_backward_of_short_rows_past_the_cache_sums_the_next_row():
     assert slab(rows, 32768) == 4, "they would leave the second"
     assert slab(rows * 128, 8) == 4, "they are less than two lines"
     assert slab(64, 1024) == 4, "in the cache"
-
-
-def test_long_rows_are_shared_where_rows_are_few():
-    assert fastnorm.plan("layernorm", (2, 1 << 20), threads=2).shared
-    assert not fastnorm.plan("layernorm", (4096, 768), threads=2).shared
 
 
 def test_a_plan_is_printable():
