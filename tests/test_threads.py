@@ -147,9 +147,10 @@ def test_groups_have_equal_bits_wherever_arrays_begin(shape, groups, dtype, rng,
 
 @pytest.mark.parametrize(
     ("op", "shape"),
-    [("layernorm", (700, 1031)), ("layernorm", (5000, 64)), ("rmsnorm", (700, 1031)), ("groupnorm", (40, 24, 45, 47))],
+    [("layernorm", (700, 1031)), ("layernorm", (5000, 64)), ("rmsnorm", (700, 1031)), ("groupnorm", (40, 24, 45, 47)),
+     ("layernorm", (14, 70_001)), ("groupnorm", (300, 8, 2, 2)), ("instancenorm", (60, 24, 5, 5))],
     ids=str,
-)
+)  # fmt: skip
 def test_a_sample_does_not_depend_on_the_number_of_samples(op, shape, backend):
     this = case(op, shape)
     inputs = this.inputs()
