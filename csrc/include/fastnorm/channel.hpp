@@ -462,7 +462,7 @@ struct ChannelCall {
       if (geometry.is_block(walked_at_once(s.width()), s.width())) {
         A* const own = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace;
         const size_t ahead = summed_ahead(s.width(), 2);
-        BlockSums<A> all{};
+        BlockSums<A> all{};  // those of a sample follow those of the one before
         by_walk(s, 0, s.width(), [&](const Walked& w) {
           const BlockSums<A> sums = geometry.block_sums(dy + w.elements, x + w.elements, w.c, w.c + w.n,
                                                         s.k.centre + w.place, own + w.at, ahead);
