@@ -58,7 +58,8 @@ class Plan:
     groups: int
     """Parts that a channel's or row's elements are summed in; none of dropout."""
     slab: int
-    """Channels or rows that go through all passes before the next ones; elements of a task of dropout."""
+    """Channels, of all samples that stay together, or rows that go through all passes before the next ones; elements
+    of a task of dropout."""
     slab_bytes: int
     shared: bool
     """All threads work on the same slab; else each has slabs of its own."""
@@ -79,6 +80,9 @@ class Plan:
     def __str__(self) -> str:
         family = _FAMILY.get(self.op)
         sizes, unit = (family.sizes, family.unit) if family else (("elements",), "elements")
+        slab = f"{self.slab} {unit}"
+        if family is _GROUPS and self.slab > (channels := self.sizes[2]):
+            slab = f"{self.slab // channels} samples"
         sized = ", ".join(f"{name} {size}" for name, size in zip(sizes, self.sizes, strict=True))
         reads = "1 read" if self.reads == 1 else f"{self.reads} reads"
         workers = (
@@ -88,7 +92,7 @@ class Plan:
         )  # fmt: skip
         lines = [
             f"{self.op} {self.direction}, {self.dtype}: {sized}" + (", packed first" if self.packed else ""),
-            f"slab    {self.slab} {unit}, {_size(self.slab_bytes)}, {workers}",
+            f"slab    {slab}, {_size(self.slab_bytes)}, {workers}",
             f"sums    in {self.groups} groups, vectors " + ("across channels" if self.side_by_side else "along a run")
             if self.groups
             else "sums    none",

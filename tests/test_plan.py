@@ -176,6 +176,7 @@ def test_small_samples_are_a_slab_together(direction):
     for samples in (100, 10_000):  # for one thread and for two
         assert slab(samples, 2, 2, 8) in range(8 * 4, 8 * 16, 8)
     assert slab(5, 2, 2, 8) == 5 * 8, "no more than there are"
+    assert "5 samples" in str(fastnorm.plan("groupnorm", (5, 2, 2, 8), groups=4, direction=direction, axis=-1))
     assert slab(10_000, 2, 2, 512) == 512, "of many channels one alone"
     assert slab(10_000, 40, 40, 8) == 8, "of many positions, too"
 
