@@ -89,7 +89,8 @@ Cut cut_up(ChannelShape shape, bool side_by_side) {
   cut.fold = 1;
   if (cut.side_by_side) {
     const std::size_t length = shape.channels * shape.inner;
-    const std::size_t most = std::max(kLeastFolded / length, shape.outer / kFoldedRows);
+    const std::size_t whole = shape.outer * length <= (length <= kNarrowRow ? kOneOfNarrow : kOneRow) ? shape.outer : 1;
+    const std::size_t most = std::max({whole, kLeastFolded / length, shape.outer / kFoldedRows});
     cut.fold = std::clamp<std::size_t>(std::min(kFoldedRow / length, most), 1, shape.outer);
     cut.rows = std::min(cut.fold > 1 ? kChunkRows / 2 * cut.fold : kChunkRows, shape.outer);
     cut.pieces = 1;
@@ -113,7 +114,8 @@ Cut cut_up(ChannelShape shape, bool side_by_side) {
 std::size_t samples_together(GroupShape shape, const Cut& cut, std::size_t bytes) {
   if (cut.units > 1) return 1;
   const std::size_t row = shape.channels * shape.inner;
-  return std::min(kTogether / (row * cut.fold + kPaddingBytes / sizeof(float)), kInL1 / (shape.outer * row * bytes));
+  const std::size_t padding = cut.fold < shape.outer ? kPaddingBytes / sizeof(float) : 0;
+  return std::min(kTogether / (row * cut.fold + padding), kInL1 / (shape.outer * row * bytes));
 }
 
 }  // namespace
@@ -245,9 +247,9 @@ ChannelPlan plan_groups(GroupShape shape, std::size_t itemsize, std::size_t arra
     if (shape.channels > most)
       plan.slab = ceil_div(shape.groups, ceil_div(shape.channels, most)) * span;
     else
-      plan.slab *= std::clamp<std::size_t>(
-          shape.outer == 1 ? most / shape.channels : samples_together(shape, cut, itemsize * arrays), 1,
-          bundles_of(shape, arrays == 2).largest());
+      plan.slab *= std::clamp<std::size_t>(shape.outer == 1 ? (cut.side_by_side ? kBlockColumns : most) / shape.channels
+                                                            : samples_together(shape, cut, itemsize * arrays),
+                                           1, bundles_of(shape, arrays == 2).largest());
     return plan;
   }
   const std::size_t narrowest =

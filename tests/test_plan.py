@@ -174,7 +174,9 @@ def test_small_samples_are_a_slab_together(direction):
         return fastnorm.plan("groupnorm", shape, groups=4, direction=direction, axis=-1, threads=2).slab
 
     for samples in (100, 10_000):  # for one thread and for two
-        assert slab(samples, 2, 2, 8) in range(8 * 4, 8 * 16, 8)
+        assert slab(samples, 2, 2, 8) == 8 * 32, "each one row: as many as have 1,024 elements"
+        assert slab(samples, 5, 5, 12) == 12 * 3
+        assert slab(samples, 3, 3, 32) in range(32 * 2, 32 * 15, 32), "of several rows each, with room between them"
     assert slab(5, 2, 2, 8) == 5 * 8, "no more than there are"
     assert "5 samples" in str(fastnorm.plan("groupnorm", (5, 2, 2, 8), groups=4, direction=direction, axis=-1))
     assert slab(10_000, 2, 2, 512) == 512, "of many channels one alone"

@@ -221,9 +221,9 @@ struct ChannelCall {
     loop((width + part - 1) / part, [&](size_t i, int) { f(i * part, std::min(part, width - i * part)); });
   }
 
-  // What a geometry walks at once of a slab of so many channels: all of them where samples are single rows, which is
-  // one row of more channels; else those of one sample.
-  size_t walked_at_once(size_t n) const { return geometry.shape.outer == 1 ? n : std::min(n, channels()); }
+  // What a geometry walks at once of a slab of so many channels: all of them where samples are one row each, folded or
+  // single, since several are one row of more channels; else those of one sample.
+  size_t walked_at_once(size_t n) const { return geometry.is_row() ? n : std::min(n, channels()); }
   struct Walked {
     size_t at, n;     // channels of the slab
     size_t c;         // the first of them, of its sample
@@ -291,17 +291,6 @@ struct ChannelCall {
     rstds(s.rstd + at / span, var + (s.c0 + at) / span, n / span, eps);
   }
 
-  // f(at, n, c, place): channels [at, at + n) of the slab are those from c on of one sample.
-  template <class F>
-  void by_sample(const Slab& s, size_t at, size_t n, F f) const {
-    by_walk(s, at, n, [&](const Walked& w) {
-      size_t some;
-      for (size_t i = 0, c = w.c; i < w.n; i += some, c = 0) {
-        some = std::min(channels() - c, w.n - i);
-        f(w.at + i, some, c, w.place + i);
-      }
-    });
-  }
   static const A* from(const A* parameter, size_t c) { return parameter ? parameter + c : nullptr; }
 
   // Coefficients of channels [at, at + n) as the geometry reads them. A part of a slab has one a column, and they are
@@ -316,9 +305,10 @@ struct ChannelCall {
 
   // For `apply`.
   void prepare(const Slab& s, size_t at, size_t n) const {
-    by_sample(s, at, n, [&](size_t i, size_t some, size_t c, size_t place) {
-      forward_coefficients(s.k.from(place), some / span, span, s.mean + i / span, s.rstd + i / span, from(gamma, c),
-                           from(beta, c));
+    by_walk(s, at, n, [&](const Walked& w) {
+      const size_t of = w.at / span;
+      forward_coefficients(s.k.from(w.place), w.n / span, span, s.mean + of, s.rstd + of, from(gamma, w.c),
+                           from(beta, w.c));
     });
     spread({s.k.centre, s.k.scale, s.k.shift}, s, at, n);
   }
@@ -374,15 +364,9 @@ struct ChannelCall {
   }
   template <class S>
   void add_to_samples(const Slab& s, size_t at, size_t n, const S* dy) const {
-    by_sample(s, at, n, [&](size_t i, size_t some, size_t c, size_t) {
-      if (begins && i == at) {
-        std::copy_n(dy + (i - at), some, sum_dy + c);
-        std::copy_n(s.dy_xhat + i, some, sum_dy_xhat + c);
-      } else {
-        add(sum_dy + c, dy + (i - at), some);
-        add(sum_dy_xhat + c, s.dy_xhat + i, some);
-      }
-    });
+    const size_t count = n > channels() ? n / channels() : 1, each = std::min(n, channels()), c = s.c0 + at;
+    add_rows(sum_dy + c, dy, count, each, begins);
+    add_rows(sum_dy_xhat + c, s.dy_xhat + at, count, each, begins);
   }
 
   // For `write_dx`, as well as `centre`: from the sums over samples.
@@ -398,19 +382,19 @@ struct ChannelCall {
   void prepare_dx_of_samples(const Slab& s, size_t at, size_t n, BlockSums<S> sums) const {
     if (span > 1) return prepare_shared_dx(s, sums);
     add_sums(s, at, n, sums);
-    by_sample(s, at, n, [&](size_t i, size_t some, size_t c, size_t place) {
-      backward_coefficients(s.k.from(place), some, s.mean + i, s.rstd + i, from(gamma, c), sums.dy + (i - at),
-                            s.dy_xhat + i, divisor);
+    by_walk(s, at, n, [&](const Walked& w) {
+      backward_coefficients(s.k.from(w.place), w.n, s.mean + w.at, s.rstd + w.at, from(gamma, w.c),
+                            sums.dy + (w.at - at), s.dy_xhat + w.at, divisor);
     });
     spread({s.k.scale, s.k.shift, s.k.slope}, s, at, n);
   }
   template <class S>
   void prepare_shared_dx(const Slab& s, BlockSums<S> sums) const {
     const size_t n = s.width();
-    by_sample(s, 0, n, [&](size_t i, size_t some, size_t c, size_t place) {
-      const size_t of = i / span;
-      shared_sums(s.k.scale + place, some / span, span, s.mean + of, s.rstd + of, from(gamma, c),
-                  BlockSums<S>{sums.dy + i, sums.products + i}, s.dy_xhat + i, s.g + of, s.g_xhat + of);
+    by_walk(s, 0, n, [&](const Walked& w) {
+      const size_t of = w.at / span;
+      shared_sums(s.k.scale + w.place, w.n / span, span, s.mean + of, s.rstd + of, from(gamma, w.c),
+                  BlockSums<S>{sums.dy + w.at, sums.products + w.at}, s.dy_xhat + w.at, s.g + of, s.g_xhat + of);
     });
     by_walk(s, 0, n, [&](const Walked& w) {
       const size_t of = w.at / span;
@@ -510,6 +494,16 @@ struct ChannelCall {
     const size_t per_task = plan.team ? slabs : std::clamp<size_t>(bundles * slabs / (4 * workers), 1, 16);
     const size_t tasks_a_bundle = (slabs + per_task - 1) / per_task, tasks = bundles * tasks_a_bundle;
     const size_t at_once = std::max<size_t>(1, plan.slab / channels());
+    // Parameters of the samples that are walked at once follow one another as their channels do.
+    const size_t repeated = walked_at_once(layout.widest) > channels() ? layout.widest : 0;
+    const Workspace<A> parameters(2 * repeated);
+    if (repeated > 0)
+      for (const A** parameter : {&gamma, &beta})
+        if (*parameter != nullptr) {
+          A* const to = parameters.data() + (parameter == &gamma ? 0 : repeated);
+          for (size_t i = 0; i < repeated; i += channels()) std::copy_n(*parameter, channels(), to + i);
+          *parameter = to;
+        }
     // Bundles have sums of their own, the first of which end up as those of all.
     const bool gathers = sum_dy != nullptr && bundles > 1;
     const Workspace<unsigned> met(gathers ? tasks : 0);

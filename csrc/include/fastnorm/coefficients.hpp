@@ -44,34 +44,35 @@ inline void rstds(double* __restrict to, const double* __restrict var, size_t n,
   for (size_t i = 0; i < n; ++i) to[i] = rstd_of(var[i], eps);
 }
 
-// Each of n values `times` times, in place: from the last ones on, whole vectors by one permutation each where they are
-// made of whole values.
+// Each of n values `times` times, to the same place or another: from the last ones on, whole vectors by one permutation
+// each, the last of them beyond the end.
 template <class A>
-inline void repeat_each(A* values, size_t n, size_t times) {
+inline void repeat_each(const A* from, A* to, size_t n, size_t times) {
   constexpr size_t lanes = kLanes<A>;
-  if (times == 1) return;
-  if (lanes % times != 0) {
+  if (times > lanes) {
     for (size_t i = n; i-- > 0;) {
-      A* const to = values + i * times;
-      const Vector<A> value = broadcast(values[i]);
-      for (size_t k = 0; k + lanes < times; k += lanes) store(to + k, value);
-      if (times > lanes)
-        store(to + times - lanes, value);
-      else
-        store_part(to, value, times);
+      const Vector<A> value = broadcast(from[i]);
+      for (size_t k = 0; k + lanes < times; k += lanes) store(to + i * times + k, value);
+      store(to + (i + 1) * times - lanes, value);
     }
-    return;
-  }
-  const size_t each = lanes / times;  // values in a vector
-  const Indices<A> from = lane_numbers<A>() >> __builtin_ctzll(times);
-  for (size_t i = (n - 1) / each * each;; i -= each) {
-    const size_t some = std::min(each, n - i);
-    const Vector<A> repeated = __builtin_shuffle(load_part(values + i, some, Vector<A>{}), from);
-    if (some == each)
-      store(values + i * times, repeated);
-    else
-      store_part(values + i * times, repeated, some * times);
-    if (i == 0) return;
+  } else if (times > 1) {
+    size_t c = (n * times - 1) / lanes * lanes, first = c / times, begun = c - first * times;
+    const size_t values = lanes / times, rest = lanes - values * times;
+    Indices<A> of = over(lane_numbers<A>() + static_cast<Index<A>>(begun), times);
+    for (;; c -= lanes) {
+      store(to + c, __builtin_shuffle(load(from + first), of));
+      if (c == 0) return;
+      first -= values;
+      if (rest == 0) continue;
+      if (begun < rest) {
+        begun += times;
+        --first;
+      }
+      begun -= rest;
+      of = over(lane_numbers<A>() + static_cast<Index<A>>(begun), times);
+    }
+  } else if (from != to) {
+    for (size_t c = 0; c < n; c += lanes) store(to + c, load(from + c));
   }
 }
 
@@ -127,6 +128,22 @@ FASTNORM_INLINE void sum_by_statistic(size_t n, size_t span, double* to_a, doubl
 template <class A, class S>
 inline void add(A* __restrict to, const S* __restrict more, size_t n) {
   for (size_t i = 0; i < n; ++i) to[i] += static_cast<A>(more[i]);
+}
+
+// Adds rows of n values to `to`, or begins it with the first of them.
+template <class S>
+inline void add_rows(double* to, const S* rows, size_t count, size_t n, bool begins) {
+  if (count == 1 && begins) {
+    std::copy_n(rows, n, to);
+    return;
+  }
+  if (count == 1) return add(to, rows, n);
+  for_columns<double>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+    Vector<double> sum = load_doubles(rows + c, how);
+    if (!begins) sum += how.load(to + c);
+    for (size_t i = 1; i < count; ++i) sum += load_doubles(rows + i * n + c, how);
+    put(to + c, sum, how);
+  });
 }
 
 // Mean and m2 of each channel's first block, whose values are off a pivot by `off` in the mean.

@@ -37,7 +37,11 @@ struct Columns {
   Cut cut;
 
   size_t row_length() const { return shape.channels * shape.inner; }
-  bool aligned_alike() const { return row_length() * sizeof(T) % kLineBytes == 0; }
+  // Whether a sample is one row, folded or single: several samples after one another are then one longer row, and n
+  // channels may be those of all of them.
+  bool is_row() const { return cut.fold == shape.outer; }
+  size_t samples_of(size_t n) const { return cut.fold > 1 && n > shape.channels ? n / shape.channels : 1; }
+  bool aligned_alike() const { return is_row() || row_length() * sizeof(T) % kLineBytes == 0; }
   // Elements from those being summed to those being fetched, of each of `arrays`; 0: none are. Rows of all channels
   // are one run: not among those taken together. With each row of a slab the processor's own fetching begins anew: the
   // rows after the next ones are fetched, but not of two arrays, of which most fetches are dropped.
@@ -52,37 +56,91 @@ struct Columns {
   // Values that `n` channels are spread over.
   size_t spread_length(size_t n) const { return n * shape.inner * cut.fold; }
 
-  // n values, each for `span` channels, to one a column of `fold` rows, in place; then those of the columns from the
-  // first one on again, for a vector in which the last rows end and the next begin.
+  // n values, each for `span` channels, to one a column of `fold` rows, in place, of each sample; then those of the
+  // columns from the first one on again, for a vector in which the last rows end and the next begin.
   void spread(A* values, size_t n, size_t span = 1) const {
+    const size_t samples = samples_of(n * span), times = span * shape.inner;
+    if (samples == 1)
+      spread_samples(values, values, 1, n, times);
+    else
+      spread_copy(values, samples, n / samples, times);
+  }
+  // By way of a copy, since samples are spread over the values of those after them.
+  __attribute__((noinline)) void spread_copy(A* values, size_t samples, size_t n, size_t times) const {
+    A given[kBlockColumns + kLanes<A>];
+    std::copy_n(values, samples * n, given);
+    spread_samples(given, values, samples, n, times);
+  }
+
+  FASTNORM_INLINE void spread_samples(const A* from, A* to, size_t samples, size_t n, size_t times) const {
     constexpr size_t lanes = kLanes<A>;
     static_assert(kPadding<A> >= 3 * lanes);
-    const size_t times = span * shape.inner, wide = n * times, end = wide * cut.fold + lanes;
-    if (lanes % wide == 0) {
-      const Indices<A> from = (lane_numbers<A>() & static_cast<Index<A>>(wide - 1)) >> __builtin_ctzll(times);
-      const Vector<A> all = __builtin_shuffle(load_part(values, n, Vector<A>{}), from);
-      for (size_t done = 0; done < end; done += lanes) store(values + done, all);
+    const size_t wide = n * times, all = wide * cut.fold, end = samples > 1 ? all : all + lanes;
+    if (wide <= lanes) {  // as many rows by one permutation as fit a vector
+      const Indices<A> lane = lane_numbers<A>(), column = lane - over(lane, wide) * static_cast<Index<A>>(wide),
+                       value = over(column, times);
+      const size_t step = lanes / wide * wide;
+      for (; samples > 0; --samples, from += n, to += all) {
+        const Vector<A> rows = __builtin_shuffle(load_part(from, n, Vector<A>{}), value);
+        for (size_t done = 0; done < end; done += step) store(to + done, rows);
+      }
       return;
     }
-    repeat_each(values, n, times);
-    size_t done = wide;
-    for (; done < lanes; done += wide) std::copy_n(values, wide, values + done);
-    for (size_t c = 0; done + c < end; c += lanes) store(values + done + c, load(values + c));
+    const size_t last = (wide - 1) / lanes * lanes;  // of a row's vectors, which reaches into the next row
+    for (; samples > 0; --samples, from += n, to += all) {
+      repeat_each(from, to, n, times);
+      const Vector<A> end = load(to + last);
+      for (A* row = to + wide; row < to + all; row += wide) {
+        for (size_t c = 0; c < last; c += lanes) store(row + c, load(to + c));
+        store(row + last, end);
+      }
+      store(to + all, load(to));
+    }
   }
 
   // The inverse for sums: a channel's columns added up, in place.
   void collapse(A* sums, size_t n) const {
-    const size_t wide = n * shape.inner;
-    for (size_t rows = cut.fold, half; rows > 1; rows = half) {
-      half = (rows + 1) / 2;
-      add(sums, sums + half * wide, (rows - half) * wide);
-    }
+    const size_t samples = samples_of(n), wide = (samples > 1 ? shape.channels : n) * shape.inner;
+    if (cut.fold > 1)
+      for (size_t k = 0; k < samples; ++k) {
+        A *const rows = sums + k * wide * cut.fold, *const to = sums + k * wide;
+        if (wide <= kLanes<A>)
+          add_narrow_rows(rows, to, wide);
+        else
+          add_wide_rows(rows, to, wide);
+      }
     if (shape.inner == 1) return;
     for (size_t c = 0; c < n; ++c) {
       Vector<A> partial[4] = {};
       sum_run<A>(shape.inner, [&](size_t i, auto how, int k)
                                   FASTNORM_INLINE_LAMBDA { partial[k] += how.load(sums + c * shape.inner + i); });
       sums[c] = static_cast<A>(total<A>(combined(partial)));
+    }
+  }
+
+  // Adds up `fold` rows: as many at a time as fit a vector, then those of it;
+  FASTNORM_INLINE void add_narrow_rows(const A* rows, A* to, size_t wide) const {
+    const size_t step = kLanes<A> / wide * wide, all = wide * cut.fold;
+    Vector<A> partial[4] = {};
+    size_t at = 0;
+    for (; at + 4 * step <= all; at += 4 * step)
+      repeat<4>([&](auto k) FASTNORM_INLINE_LAMBDA { partial[k] += load(rows + at + k * step); });
+    for (; at + step <= all; at += step) partial[0] += load(rows + at);
+    if (at < all) partial[1] += load_part(rows + at, all - at, Vector<A>{});
+    const Vector<A> sum = combined(partial);
+    Vector<A> total = sum;
+    for (size_t row = wide; row < std::min(step, all); row += wide)
+      total += __builtin_shuffle(sum, lane_numbers<A>() + static_cast<Index<A>>(row));
+    store_part(to, total, wide);
+  }
+  // or half of them to the other half, again and again.
+  FASTNORM_INLINE void add_wide_rows(A* from, A* to, size_t wide) const {
+    for (size_t rows = cut.fold, half; rows > 1; rows = half) {
+      half = (rows + 1) / 2;
+      A* const sums = half > 1 ? from : to;
+      for_columns<A>((rows - half) * wide, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+        put(sums + c, how.load(from + c) + how.load(from + half * wide + c), how);
+      });
     }
   }
 
@@ -112,6 +170,16 @@ struct Columns {
       for (; r + together < rows; r += together) sum_some<together, wide, true>(from, r, stride, n, lead, sums, add);
     for (; r + together <= rows; r += together) sum_some<together, wide, false>(from, r, stride, n, lead, sums, add);
     for (; r < rows; ++r) sum_some<1, 1, false>(from, r, stride, n, lead, sums, add);
+  }
+
+  // Those of a single row.
+  template <size_t count, class F>
+  FASTNORM_INLINE static void sum_row(const T* from, size_t n, size_t lead, A* const (&sums)[count], const F& add) {
+    for_columns<A, 1>(n, lead, [&](size_t c, auto how, auto) FASTNORM_INLINE_LAMBDA {
+      Vector<A> sum[count] = {};
+      add(0, c, c, how.load(from + c), how, sum);
+      repeat<count>([&](auto k) FASTNORM_INLINE_LAMBDA { put(sums[k] + c, sum[k], how); });
+    });
   }
 
   template <size_t together, size_t wide, bool by_lines, size_t count, class F>
@@ -154,6 +222,11 @@ struct Columns {
   FASTNORM_INLINE void sum_block(const T* block, const Unit& u, size_t n, size_t lead, A* const (&sums)[count],
                                  const F& add) const {
     const size_t folded = u.rows / cut.fold, stride = row_length() * cut.fold, width = spread_length(n);
+    if (is_row()) {
+      sum_row(block, width, lead, sums, add);
+      for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
+      return;
+    }
     for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], width, A{});
     if (by_lines && AlignedReader<T>::kAligned && u.row > 0 && stride >= kLanes<A> && splits_lines(block + lead))
       sum_rows<together, wide, by_lines>(block, folded, stride, width, lead, sums, add);
@@ -172,6 +245,13 @@ struct Columns {
 
   // A value near each channel's mean, for a channel's first block: the mean of its first run, or of its first rows.
   void first_pivots(const T* block, size_t rows, size_t n, A* pivots) const {
+    const size_t samples = samples_of(n);
+    if (samples == 1) return first_pivots_of_sample(block, rows, n, pivots);
+    const size_t some = shape.channels;
+    for (size_t k = 0; k < samples; ++k)
+      first_pivots_of_sample(block + k * spread_length(some), rows, some, pivots + k * some);
+  }
+  void first_pivots_of_sample(const T* block, size_t rows, size_t n, A* pivots) const {
     if (shape.inner > 1) {
       for (size_t c = 0; c < n; ++c) pivots[c] = pivot_of(block + c * shape.inner, shape.inner)[0];
       return;

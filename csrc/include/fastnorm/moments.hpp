@@ -54,9 +54,8 @@ struct Packing {
   Indices<double> statistic, first;  // of a lane: its statistic, and the first lane of that
 
   explicit Packing(size_t of_span) : span(of_span), each(kLanes<double> / of_span) {
-    const auto size = static_cast<Index<double>>(span);
-    statistic = lane_numbers<double>() * (64 / size + 1) >> 6;  // lane / size, up to 8: vectors have no division
-    first = statistic * size;
+    statistic = over(lane_numbers<double>(), span);
+    first = statistic * static_cast<Index<double>>(span);
   }
 
   // f(i, c, how) for vectors of n statistics: those from i on, whose doubles begin at c.

@@ -83,6 +83,13 @@ constexpr std::size_t kBlockColumns = 1280;
 constexpr std::size_t kFoldedRow = 512;
 constexpr std::size_t kFoldedRows = 8;
 constexpr std::size_t kLeastFolded = 64;
+// All rows are folded to one where that has so many elements at most, more where rows are so narrow that a vector holds
+// their coefficients: several samples are then one longer row. GroupNorm on one core, us, several rows and one: (64, 4,
+// 24) forward 9.2 and 6.9, (64, 25, 8) 8.6 and 6.4, (64, 16, 16) 11.4 and 7.5, (64, 36, 8) 10.4 and 8.3; but (64, 9,
+// 24) 9.4 and 10.4, backward 9.2 and 11.4, (64, 49, 8) 9.8 and 10.4, backward 9.5 and 11.4.
+constexpr std::size_t kOneRow = 128;
+constexpr std::size_t kNarrowRow = 16;
+constexpr std::size_t kOneOfNarrow = 320;
 // Bytes of a row of a slab of columns: shorter ones make more page and line changes than the cache saves.
 constexpr std::size_t kNarrowestSlab = 1024;
 // The same of a slab in a thread's share of L3, 2 MB an array for two threads with 32. Two threads, everything read
@@ -104,9 +111,11 @@ constexpr std::size_t kGroupWork = 256;
 // Positions that a bundle with sums has at least: adding these up costs as much as one or two. Backward of (28, 2, 2,
 // 1280) in eight bundles takes 32.4 us on two threads, in four 31.0.
 constexpr std::size_t kBundlePositions = 16;
-// Values of one coefficient of the samples that are a slab together, of several rows each: what is done once a slab is
-// done for all of them, and they wait for one another's sums and square roots no more. On one core, us, a sample a slab
-// and like this: (132, 2, 2, 8) forward 17.5 and 11.3, backward 12.7 and 8.9, (32, 7, 7, 32) forward 16.9 and 13.9.
+// Values of one coefficient of the samples that are a slab together, of several positions each: what is done once a
+// slab is done for all of them, and they wait for one another's sums and square roots no more. On one core, us, a
+// sample a slab and like this: (132, 2, 2, 8) forward 17.5 and 11.3, backward 12.7 and 8.9, (32, 7, 7, 32) forward 16.9
+// and 13.9. Where each is one row, all of them also go through every loop as one: 5.7 and 5.8, (256, 5, 5, 3) forward
+// 59 and 12.5, backward 58 and 10.4.
 constexpr std::size_t kTogether = 1024;
 // Bytes between arrays that are read side by side, so that they are not whole pages apart.
 constexpr std::size_t kPaddingBytes = 320;

@@ -21,7 +21,8 @@ struct Runs {
 
   // A channel's value serves its runs as it is; n values, each for `span` channels.
   size_t spread_length(size_t n) const { return n; }
-  void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, n, span); }
+  void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, values, n, span); }
+  bool is_row() const { return shape.outer == 1; }
   size_t shift(const T*) const { return 0; }
   size_t summed_ahead(bool, size_t) const { return 0; }
 

@@ -199,6 +199,12 @@ FASTNORM_INLINE Indices<A> lane_numbers() {
   return numbers;
 }
 
+// numbers / size, of numbers less than 32 by a size of 16 at most: vectors have no division.
+template <class I>
+FASTNORM_INLINE I over(I numbers, size_t size) {
+  return numbers * static_cast<std::remove_reference_t<decltype(numbers[0])>>(4096 / size + 1) >> 12;
+}
+
 // All bits set in lanes [first, last).
 template <class A>
 FASTNORM_INLINE Indices<A> lanes_between(size_t first, size_t last) {
