@@ -158,39 +158,31 @@ struct Columns {
   // Columns before their first whole aligned vector.
   size_t lead(const T* block) const { return (kLanes<A> - shift(block)) % kLanes<A>; }
 
-  // Adds rows [0, rows) to `count` sums by column, `together` rows at a time: as many streams for the prefetcher, and
-  // the sums are read and written once for all of them; `wide` vectors of each row after one another.
+  // Adds rows [0, rows) to `count` sums by column, or begins these, `together` rows at a time: as many streams for the
+  // prefetcher, and the sums are read and written once for all of them; `wide` vectors of each row after one another.
   // add(row, at, c, value, how, sums): the vector at offset `at`, of this row and column c, which in `from` is `value`.
   // With `by_lines` AlignedReader reads it, which reaches into the rows before and after.
   template <size_t together, size_t wide, bool by_lines, size_t count, class F>
   FASTNORM_INLINE static void sum_rows(const T* from, size_t rows, size_t stride, size_t n, size_t lead,
-                                       A* const (&sums)[count], const F& add) {
+                                       A* const (&sums)[count], const F& add, bool begins) {
     size_t r = 0;
     if constexpr (by_lines)
-      for (; r + together < rows; r += together) sum_some<together, wide, true>(from, r, stride, n, lead, sums, add);
-    for (; r + together <= rows; r += together) sum_some<together, wide, false>(from, r, stride, n, lead, sums, add);
-    for (; r < rows; ++r) sum_some<1, 1, false>(from, r, stride, n, lead, sums, add);
-  }
-
-  // Those of a single row.
-  template <size_t count, class F>
-  FASTNORM_INLINE static void sum_row(const T* from, size_t n, size_t lead, A* const (&sums)[count], const F& add) {
-    for_columns<A, 1>(n, lead, [&](size_t c, auto how, auto) FASTNORM_INLINE_LAMBDA {
-      Vector<A> sum[count] = {};
-      add(0, c, c, how.load(from + c), how, sum);
-      repeat<count>([&](auto k) FASTNORM_INLINE_LAMBDA { put(sums[k] + c, sum[k], how); });
-    });
+      for (; r + together < rows; r += together)
+        sum_some<together, wide, true>(from, r, stride, n, lead, sums, add, begins && r == 0);
+    for (; r + together <= rows; r += together)
+      sum_some<together, wide, false>(from, r, stride, n, lead, sums, add, begins && r == 0);
+    for (; r < rows; ++r) sum_some<1, 1, false>(from, r, stride, n, lead, sums, add, begins && r == 0);
   }
 
   template <size_t together, size_t wide, bool by_lines, size_t count, class F>
   FASTNORM_INLINE static void sum_some(const T* from, size_t r, size_t stride, size_t n, size_t lead,
-                                       A* const (&sums)[count], const F& add) {
+                                       A* const (&sums)[count], const F& add, bool begins) {
     auto readers = readers_of(from + r * stride + lead, stride, std::make_index_sequence<by_lines ? together : 0>());
     for_columns<A, wide>(n, lead, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
       Vector<A> even[width][count], odd[width][count] = {};
       repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t v = i / count, k = i % count;
-        even[v][k] = how.load(sums[k] + c + v * kLanes<A>);
+        even[v][k] = begins ? Vector<A>{} : how.load(sums[k] + c + v * kLanes<A>);
       });
       repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
         constexpr size_t j = i / width, v = i % width;
@@ -222,20 +214,18 @@ struct Columns {
   FASTNORM_INLINE void sum_block(const T* block, const Unit& u, size_t n, size_t lead, A* const (&sums)[count],
                                  const F& add) const {
     const size_t folded = u.rows / cut.fold, stride = row_length() * cut.fold, width = spread_length(n);
-    if (is_row()) {
-      sum_row(block, width, lead, sums, add);
-      for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
-      return;
-    }
-    for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], width, A{});
+    if (folded == 0)
+      for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], width, A{});
     if (by_lines && AlignedReader<T>::kAligned && u.row > 0 && stride >= kLanes<A> && splits_lines(block + lead))
-      sum_rows<together, wide, by_lines>(block, folded, stride, width, lead, sums, add);
+      sum_rows<together, wide, by_lines>(block, folded, stride, width, lead, sums, add, true);
     else
-      sum_rows<together, wide, false>(block, folded, stride, width, lead, sums, add);
+      sum_rows<together, wide, false>(block, folded, stride, width, lead, sums, add, true);
     const size_t done = folded * stride;
-    sum_rows<together, wide, false>(block + done, u.rows % cut.fold, row_length(), n * shape.inner, lead, sums,
-                                    [&](size_t row, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
-                                        FASTNORM_INLINE_LAMBDA { add(row, done + at, c, value, how, sum); });
+    sum_rows<together, wide, false>(
+        block + done, u.rows % cut.fold, row_length(), n * shape.inner, lead, sums,
+        [&](size_t row, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
+            FASTNORM_INLINE_LAMBDA { add(row, done + at, c, value, how, sum); },
+        false);
     for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
   }
 
