@@ -57,6 +57,9 @@ constexpr std::size_t kSummedRow = std::size_t{64} << 10;
 // 906. But of smaller ones (64, 320, 9, 9) 220 and 237, (16, 128, 64) in 16 groups 16.0 and 17.7, channels with
 // statistics of their own, (4, 64, 2048) 50 and 53, and (32, 1280, 8, 8), which is written past the cache though L3
 // would hold it, over and over again 352 and 392.
+// Of BatchNorm's channels, where the batch is one sample and leaves L2, from half as many bytes on: (1, 512, 28, 28)
+// 37.2 and 34.5, (1, 256, 56, 56) 72 and 59, but of smaller ones (1, 3000, 50) 17.2 and 18.6; of several samples, whose
+// runs lie apart, (8, 128, 20, 20) 39 and 45, (16, 1024, 14, 14) 379 and 692.
 constexpr std::size_t kInL1 = std::size_t{32} << 10;
 constexpr std::size_t kFew = std::size_t{8} << 10;
 // Bytes of dy and x between the two passes over long rows; it decides the order of summation, so no cache size enters.
@@ -147,6 +150,14 @@ ChannelPlan plan_channels(ChannelShape shape, std::size_t itemsize, std::size_t 
   plan.serial = is_serial(channel_work(shape, cut), arrays);
   if (plan.serial) return plan;
 
+  // Channels of one run each that threads' L2 do not hold, as groups: found in a first-level cache the second time.
+  const bool one_run = shape.outer == 1 && !cut.side_by_side;
+  const bool fills_l1 = channel_bytes >= kFew / 2 && channel_bytes <= kInL1;
+  const bool leaves_l2 = shape.channels * channel_bytes > caches().l2 * workers;
+  if (arrays == 2 && !plan.stream && one_run && fills_l1 && leaves_l2) {
+    plan.slab = std::min(shape.channels, kInL1 / channel_bytes);
+    return plan;
+  }
   // A slab a thread in half of its L2, if rows of the slab are then long enough to be read well. Folded rows
   // are whole rows: their channels stay together.
   const std::size_t line = kLine / itemsize, whole = line / std::gcd(line, shape.inner);

@@ -157,6 +157,18 @@ def test_groups_that_fill_a_first_level_cache_are_a_slab(side, together):
     assert plan.slab == 16 * together
 
 
+@pytest.mark.skipif(12 * L2 > L3, reason="what leaves a core's L2 is stored past the cache")
+def test_channels_of_one_sample_that_leaves_l2_are_a_slab_of_a_first_level_cache():
+    def slab(samples, channels, side, direction):
+        return fastnorm.plan("batchnorm", (samples, channels, side, side), direction=direction, threads=1).slab
+
+    many = 2 * L2 // (28 * 28 * 8)
+    assert slab(1, many, 28, "backward") == (32 << 10) // (28 * 28 * 8)
+    for shape in ((1, many // 2, 28), (1, 16 * many, 7), (2, many, 28)):
+        assert slab(*shape, "backward") * shape[0] * shape[2] ** 2 * 8 > 64 << 10, shape
+    assert slab(1, many, 28, "forward") * 28 * 28 * 4 > 64 << 10
+
+
 @pytest.mark.parametrize("side", [7, 20])
 def test_smaller_and_larger_groups_are_taken_together_from_l2(side):
     plan = fastnorm.plan("groupnorm", (4, 512, side, side), groups=32, direction="backward", threads=2)
