@@ -195,6 +195,21 @@ def test_small_samples_are_a_slab_together(direction):
     assert slab(10_000, 40, 40, 8) == 8, "of many positions, too"
 
 
+def test_few_samples_of_runs_are_taken_in_parts_where_threads_would_wait():
+    def slab(samples, *shape, **options):
+        return fastnorm.plan("groupnorm", (samples, *shape), groups=32, threads=2, **options).slab
+
+    assert slab(3, 256, 14, 14) == 128
+    assert slab(4, 256, 14, 14) == 256, "two a thread"
+    assert slab(3, 14, 14, 256, axis=-1) == 256, "the parts of columns lie apart"
+
+
+def test_many_short_runs_are_work_for_several_threads():
+    """As many elements in fewer, longer runs are not."""
+    assert fastnorm.plan("groupnorm", (7, 640, 8), groups=2, threads=2).threads == 2
+    assert fastnorm.plan("groupnorm", (7, 10, 512), groups=2, threads=2).threads == 1
+
+
 @pytest.mark.parametrize(("share", "alone"), [(0.3, False), (0.4, True)])
 def test_past_the_cache_such_a_group_is_a_slab_where_l3_would_not_hold_it(share, alone):
     samples = int(share * L3) // (512 * 14 * 14 * 4)

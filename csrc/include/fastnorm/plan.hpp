@@ -105,7 +105,7 @@ constexpr std::size_t kNarrowestOfRuns = 3072;
 // and 11.2.
 constexpr std::size_t kGroupsAThread = 2;
 // Samples are taken in bundles of so many elements at least, some 5 us of work, and a group counts as so many more: one
-// of two channels of 16 elements takes 20 to 40 ns.
+// of two channels of 16 elements takes 20 to 40 ns. Of long groups of short runs these count.
 constexpr std::size_t kBundle = 1 << 15;
 constexpr std::size_t kGroupWork = 256;
 // Positions that a bundle with sums has at least: adding these up costs as much as one or two. Backward of (28, 2, 2,
