@@ -106,21 +106,24 @@ def _normalization(case: Case, direction: Direction) -> Contest:
 
 def drawn(ops: list[str], dtypes: list[str], seed: int) -> Iterator[Contest]:
     """Normalizations without end. Each axis is drawn alike over the logarithm of its length; half of the tables and of
-    the images have powers of two; channels of images are a multiple of 8."""
+    the images have powers of two; of the channels of the others, half are a multiple of 8."""
     draw = random.Random(seed)
 
     def length(least: int, most: int, power: bool = False) -> int:
         exponent = draw.uniform(math.log2(least), math.log2(most))
         return round(2 ** (round(exponent) if power else exponent))
 
+    def channels(most: int) -> int:
+        return 8 * length(1, most // 8) if draw.random() < 0.5 else length(2, most)
+
     def shape(layout: str) -> Shape:
         power = draw.random() < 0.5
         if layout == "ND":
             return length(4, 65536, power), length(8, 16384, power)
         if layout == "NCL":
-            return length(1, 64), 8 * length(1, 128), length(4, 4096)
+            return length(1, 64), channels(1024), length(4, 4096)
         side = length(1, 128, power)
-        return length(1, 256), 8 * length(1, 256, power), side, side
+        return length(1, 256), 8 * length(1, 256, power) if power else channels(2048), side, side
 
     while True:
         op = OPS[draw.choice(ops)]
