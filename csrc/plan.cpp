@@ -102,6 +102,9 @@ Cut cut_up(ChannelShape shape, bool side_by_side) {
     const std::size_t whole = shape.outer * length <= (length <= kNarrowRow ? kOneOfNarrow : kOneRow) ? shape.outer : 1;
     const std::size_t most = std::max({whole, kLeastFolded / length, shape.outer / kFoldedRows});
     cut.fold = std::clamp<std::size_t>(std::min(kFoldedRow / length, most), 1, shape.outer);
+    // Folded rows of whole vectors.
+    const std::size_t whole_vectors = kFoldedUnit / std::gcd(kFoldedUnit, length);
+    if (cut.fold > whole_vectors && cut.fold < shape.outer) cut.fold = cut.fold / whole_vectors * whole_vectors;
     cut.rows = std::min(cut.fold > 1 ? kChunkRows / 2 * cut.fold : kChunkRows, shape.outer);
     cut.pieces = 1;
     cut.piece = shape.inner;

@@ -220,9 +220,9 @@ struct Columns {
       sum_rows<together, wide, by_lines>(block, folded, stride, width, lead, sums, add, true);
     else
       sum_rows<together, wide, false>(block, folded, stride, width, lead, sums, add, true);
-    const size_t done = folded * stride;
-    sum_rows<together, wide, false>(
-        block + done, u.rows % cut.fold, row_length(), n * shape.inner, lead, sums,
+    const size_t done = folded * stride;  // fewer rows than are folded are the beginning of a folded row
+    sum_rows<1, 1, false>(
+        block + done, u.rows % cut.fold > 0 ? 1 : 0, 0, u.rows % cut.fold * row_length(), lead, sums,
         [&](size_t row, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
             FASTNORM_INLINE_LAMBDA { add(row, done + at, c, value, how, sum); },
         false);
