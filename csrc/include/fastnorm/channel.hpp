@@ -230,7 +230,11 @@ struct ChannelCall {
     size_t elements;  // to its sample from that of the slab
     size_t place;     // of its first coefficient, before these are spread
   };
-  // f(walked) for what is walked at once of channels [at, at + n).
+  // f(walked) for what is walked at once of the slab, or of its channels [at, at + n).
+  template <class F>
+  void by_walk(const Slab& s, F f) const {
+    by_walk(s, 0, s.width(), f);
+  }
   template <class F>
   void by_walk(const Slab& s, size_t at, size_t n, F f) const {
     const size_t each = walked_at_once(n);
@@ -253,7 +257,7 @@ struct ChannelCall {
   void group_moments(const Of& of, size_t each, const Slab& s, Loop loop, A* workspace) const {
     const size_t width = s.width() / each, ahead = summed_ahead(s.width(), 1);
     loop(of.cut.groups, [&](size_t g, int worker) {
-      by_walk(s, 0, s.width(), [&](const Walked& w) {
+      by_walk(s, [&](const Walked& w) {
         const size_t c = w.c / each, to = g * width + w.at / each;
         of.moments(x + w.elements, g, c, c + w.n / each, s.first + to, s.second + to,
                    workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
@@ -318,7 +322,7 @@ struct ChannelCall {
     loop(
         groups(),
         [&](size_t g, int) {
-          by_walk(s, 0, s.width(), [&](const Walked& w) {
+          by_walk(s, [&](const Walked& w) {
             geometry.apply(x + w.elements, g, w.c, w.c + w.n, s.k.from(w.place), out + w.elements, plan.stream,
                            s.ahead);
           });
@@ -340,7 +344,7 @@ struct ChannelCall {
   void group_sums(const Slab& s, Loop loop, A* workspace) const {
     const size_t width = s.width(), ahead = summed_ahead(width, 2);
     loop(groups(), [&](size_t g, int worker) {
-      by_walk(s, 0, width, [&](const Walked& w) {
+      by_walk(s, [&](const Walked& w) {
         const size_t to = g * width + w.at;
         geometry.reduce(dy + w.elements, x + w.elements, g, w.c, w.c + w.n, s.k.centre + w.place, s.first + to,
                         s.second + to, workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
@@ -391,12 +395,12 @@ struct ChannelCall {
   template <class S>
   void prepare_shared_dx(const Slab& s, BlockSums<S> sums) const {
     const size_t n = s.width();
-    by_walk(s, 0, n, [&](const Walked& w) {
+    by_walk(s, [&](const Walked& w) {
       const size_t of = w.at / span;
       shared_sums(s.k.scale + w.place, w.n / span, span, s.mean + of, s.rstd + of, from(gamma, w.c),
                   BlockSums<S>{sums.dy + w.at, sums.products + w.at}, s.dy_xhat + w.at, s.g + of, s.g_xhat + of);
     });
-    by_walk(s, 0, n, [&](const Walked& w) {
+    by_walk(s, [&](const Walked& w) {
       const size_t of = w.at / span;
       shared_coefficients(s.k.shift + w.place, s.k.slope + w.place, w.n / span, s.mean + of, s.rstd + of, s.g + of,
                           s.g_xhat + of, divisor);
@@ -411,7 +415,7 @@ struct ChannelCall {
     loop(
         groups(),
         [&](size_t g, int) {
-          by_walk(s, 0, s.width(), [&](const Walked& w) {
+          by_walk(s, [&](const Walked& w) {
             geometry.template backward_apply<Form>(dy + w.elements, x + w.elements, g, w.c, w.c + w.n,
                                                    s.k.from(w.place), out + w.elements, plan.stream, s.ahead);
           });
@@ -447,7 +451,7 @@ struct ChannelCall {
         A* const own = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace;
         const size_t ahead = summed_ahead(s.width(), 2);
         BlockSums<A> all{};  // those of a sample follow those of the one before
-        by_walk(s, 0, s.width(), [&](const Walked& w) {
+        by_walk(s, [&](const Walked& w) {
           const BlockSums<A> sums = geometry.block_sums(dy + w.elements, x + w.elements, w.c, w.c + w.n,
                                                         s.k.centre + w.place, own + w.at, ahead);
           if (w.at == 0) all = sums;
