@@ -449,7 +449,8 @@ struct ChannelCall {
     });
     if constexpr (std::is_same_v<Loop, SerialLoop> && Geometry::kWorkspace > 0)
       if (geometry.is_block(walked_at_once(s.width()), s.width())) {
-        A* const own = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace;
+        A* const own = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace +
+                       geometry.shift(x + s.c0 * geometry.shape.inner);
         const size_t ahead = summed_ahead(s.width(), 2);
         BlockSums<A> all{};  // those of a sample follow those of the one before
         by_walk(s, [&](const Walked& w) {

@@ -19,8 +19,6 @@ struct Columns {
   // Columns that are written together: coefficients of a backward, 24 KB, and a line of each array in a first-level
   // cache. With kBlockColumns, a row of 1,280 was two strips: (1024, 1280) backward 171 us instead of 155.
   static constexpr size_t kStripWidth = (size_t{6} << 10) / sizeof(A);
-  // Columns beyond which a run of rows is aligned as its output, whatever its coefficients are.
-  static constexpr size_t kAlignedStep = 1024;
   // From one array of the workspace to the next: not a whole number of pages, which would put a column of all of them,
   // and of the rows of a matrix of 1,024 columns, into the same set of a cache.
   static constexpr size_t kPitch = kBlockColumns + kPadding<A>;
@@ -29,9 +27,22 @@ struct Columns {
   static constexpr size_t kSettled = 64;
   // Rows whose mean is the first pivot.
   static constexpr size_t kPivotRows = 8;
-  // Rows that are summed together, and of two arrays: GroupNorm (64, 4, 4, 96) backward takes 42 us on one core, 45
-  // with four.
+  // Vectors of a row whose sums, and what is subtracted from them, are in registers while rows go by. One core, us,
+  // with two, whose sums were loaded and stored for each two rows, and with eight: GroupNorm NHWC (96, 7, 7, 282)
+  // backward 355 and 290, (64, 4, 4, 64) 19.1 and 16.4, forward (96, 7, 7, 282) 200 and 167.
+  static constexpr size_t kInRegisters = kVectorBytes == kLineBytes ? 8 : 4;
+  // Of rows that are read by lines, whose readers take registers, too.
+  static constexpr size_t kByLines = 2;
+  // Rows that are added up before they are added to sums of deviations and their squares, whose errors are a quarter
+  // then: var of 480 chunks was 1.2 times as far off as it may be where each row was added to them.
+  static constexpr size_t kAddedUp = 4;
+  // Rows that go by where they come from memory, of one array and of two;
   static constexpr size_t kSummedRows = 8, kSummedTogether = 2;
+  // else as many as have so many bytes, whose pages a first-level TLB holds;
+  static constexpr size_t kSummedBytes = size_t{128} << 10;
+  // but four of two arrays whose rows are whole pages, and their columns in one set of a cache: BatchNorm (256, 1024)
+  // backward 46 us before, 52 with 32 rows, 47 with four.
+  static constexpr size_t kPage = 4096, kSummedOfPages = 4;
 
   ChannelShape shape;
   Cut cut;
@@ -41,7 +52,7 @@ struct Columns {
   // channels may be those of all of them.
   bool is_row() const { return cut.fold == shape.outer; }
   size_t samples_of(size_t n) const { return cut.fold > 1 && n > shape.channels ? n / shape.channels : 1; }
-  bool aligned_alike() const { return is_row() || row_length() * sizeof(T) % kLineBytes == 0; }
+  bool aligned_alike() const { return is_row() || cut.fold * row_length() * sizeof(T) % kLineBytes == 0; }
   // Elements from those being summed to those being fetched, of each of `arrays`; 0: none are. Rows of all channels
   // are one run: not among those taken together. With each row of a slab the processor's own fetching begins anew: the
   // rows after the next ones are fetched, but not of two arrays, of which most fetches are dropped.
@@ -89,10 +100,12 @@ struct Columns {
     const size_t last = (wide - 1) / lanes * lanes;  // of a row's vectors, which reaches into the next row
     for (; samples > 0; --samples, from += n, to += all) {
       repeat_each(from, to, n, times);
-      const Vector<A> end = load(to + last);
-      for (A* row = to + wide; row < to + all; row += wide) {
-        for (size_t c = 0; c < last; c += lanes) store(row + c, load(to + c));
-        store(row + last, end);
+      if (cut.fold > 1) {  // else the load would wait for the two stores that its vector was made by
+        const Vector<A> end = load(to + last);
+        for (A* row = to + wide; row < to + all; row += wide) {
+          for (size_t c = 0; c < last; c += lanes) store(row + c, load(to + c));
+          store(row + last, end);
+        }
       }
       store(to + all, load(to));
     }
@@ -158,74 +171,115 @@ struct Columns {
   // Columns before their first whole aligned vector.
   size_t lead(const T* block) const { return (kLanes<A> - shift(block)) % kLanes<A>; }
 
-  // Adds rows [0, rows) to `count` sums by column, or begins these, `together` rows at a time: as many streams for the
-  // prefetcher, and the sums are read and written once for all of them; `wide` vectors of each row after one another.
-  // add(row, at, c, value, how, sums): the vector at offset `at`, of this row and column c, which in `from` is `value`.
-  // With `by_lines` AlignedReader reads it, which reaches into the rows before and after.
-  template <size_t together, size_t wide, bool by_lines, size_t count, class F>
-  FASTNORM_INLINE static void sum_rows(const T* from, size_t rows, size_t stride, size_t n, size_t lead,
-                                       A* const (&sums)[count], const F& add, bool begins) {
-    size_t r = 0;
-    if constexpr (by_lines)
-      for (; r + together < rows; r += together)
-        sum_some<together, wide, true>(from, r, stride, n, lead, sums, add, begins && r == 0);
-    for (; r + together <= rows; r += together)
-      sum_some<together, wide, false>(from, r, stride, n, lead, sums, add, begins && r == 0);
-    for (; r < rows; ++r) sum_some<1, 1, false>(from, r, stride, n, lead, sums, add, begins && r == 0);
+  // Rows that go by at once in `sum_rows`: multiples of kAddedUp, where rows are added up, so that bits do not depend
+  // on caches. Then they are of one array, else of two.
+  template <size_t together>
+  size_t rows_at_once(size_t rows, bool streamed) const {
+    if (streamed) return together > 1 ? kSummedRows : kSummedTogether;
+    const size_t row_bytes = row_length() * cut.fold * sizeof(T);
+    if (together == 1 && row_bytes % kPage == 0) return kSummedOfPages;
+    if (rows * row_bytes <= kSummedBytes) return kChunkRows;  // all, and no division
+    return std::max(kSummedBytes / row_bytes, kAddedUp) / kAddedUp * kAddedUp;
   }
 
-  template <size_t together, size_t wide, bool by_lines, size_t count, class F>
-  FASTNORM_INLINE static void sum_some(const T* from, size_t r, size_t stride, size_t n, size_t lead,
-                                       A* const (&sums)[count], const F& add, bool begins) {
-    auto readers = readers_of(from + r * stride + lead, stride, std::make_index_sequence<by_lines ? together : 0>());
-    for_columns<A, wide>(n, lead, [&](size_t c, auto how, auto width) FASTNORM_INLINE_LAMBDA {
-      Vector<A> even[width][count], odd[width][count] = {};
-      repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
-        constexpr size_t v = i / count, k = i % count;
-        even[v][k] = begins ? Vector<A>{} : how.load(sums[k] + c + v * kLanes<A>);
-      });
-      repeat<together * width>([&](auto i) FASTNORM_INLINE_LAMBDA {
-        constexpr size_t j = i / width, v = i % width;
-        const size_t column = c + v * kLanes<A>, at = (r + j) * stride + column;
-        Vector<A> value;
-        if constexpr (by_lines && std::is_same_v<decltype(how), Whole>)
-          value = readers[j].next();
-        else
-          value = how.load(from + at);
-        add(r + j, at, column, value, how, j % 2 == 0 ? even[v] : odd[v]);
-      });
-      repeat<width * count>([&](auto i) FASTNORM_INLINE_LAMBDA {
-        constexpr size_t v = i / count, k = i % count;
-        put(sums[k] + c + v * kLanes<A>, together > 1 ? even[v][k] + odd[v][k] : even[v][k], how);
-      });
+  template <class Of, size_t count>
+  FASTNORM_INLINE static void load_sums(const Of& strip, Vector<A> (&sum)[Of::width][count], A* const (&sums)[count],
+                                        bool begins) {
+    strip.each([&](auto v, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+      repeat<count>([&](auto k) FASTNORM_INLINE_LAMBDA { sum[v][k] = begins ? Vector<A>{} : how.load(sums[k] + c); });
+    });
+  }
+  template <class Of, size_t count>
+  FASTNORM_INLINE static void store_sums(const Of& strip, const Vector<A> (&sum)[Of::width][count],
+                                         A* const (&sums)[count]) {
+    strip.each([&](auto v, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+      repeat<count>([&](auto k) FASTNORM_INLINE_LAMBDA { put(sums[k] + c, sum[v][k], how); });
     });
   }
 
-  template <size_t... j>
-  FASTNORM_INLINE static std::array<AlignedReader<T>, sizeof...(j)> readers_of([[maybe_unused]] const T* from,
-                                                                               [[maybe_unused]] size_t stride,
-                                                                               std::index_sequence<j...>) {
-    return {AlignedReader<T>(from + j * stride)...};
+  // Adds rows [0, rows) to `count` sums by column, or begins these: `together` rows are added up before they are added
+  // to the sums, and `at_once`, a multiple of that, go by while sums of a strip of columns are in registers; the bits
+  // are the same however many. add(row, at, c, value, how, sums): the vector at offset `at`, of this row and column c,
+  // which in `from` is `value`.
+  template <size_t wide, size_t together, size_t count, class F>
+  FASTNORM_INLINE static void sum_rows(const T* from, size_t rows, size_t at_once, size_t stride, size_t n, size_t lead,
+                                       A* const (&sums)[count], const F& add, bool begins) {
+    for (size_t first = 0; first < rows; first += at_once) {
+      const size_t end = std::min(rows, first + at_once);
+      for_strips<A, wide>(n, lead, [&](const auto& strip) FASTNORM_INLINE_LAMBDA {
+        Vector<A> sum[strip.width][count];
+        load_sums(strip, sum, sums, begins && first == 0);
+        size_t r = first, row = first * stride;
+        for (; together > 1 && r + together <= end; r += together, row += together * stride)
+          strip.each([&](auto v, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+            Vector<A> own[count] = {};
+            repeat<together>([&](auto j) FASTNORM_INLINE_LAMBDA {
+              const size_t at = row + j * stride + c;
+              add(r + j, at, c, how.load(from + at), how, own);
+            });
+            repeat<count>([&](auto k) FASTNORM_INLINE_LAMBDA { sum[v][k] += own[k]; });
+          });
+        for (; r < end; ++r, row += stride)
+          strip.each([&](auto v, size_t c, auto how)
+                         FASTNORM_INLINE_LAMBDA { add(r, row + c, c, how.load(from + row + c), how, sum[v]); });
+        store_sums(strip, sum, sums);
+      });
+    }
+  }
+
+  // The same for the first of the rows, with `together` of 1, where vectors of `from` lie in two lines each and come
+  // from memory: two rows at a time by AlignedReader, which reaches into the rows before and after. Returns how many.
+  template <size_t count, class F>
+  FASTNORM_INLINE static size_t sum_by_lines(const T* from, size_t rows, size_t stride, size_t n, size_t lead,
+                                             A* const (&sums)[count], const F& add) {
+    size_t r = 0;
+    for (; r + 2 < rows; r += 2) {
+      const T* const row = from + r * stride;
+      AlignedReader<T> readers[] = {AlignedReader<T>(row + lead), AlignedReader<T>(row + stride + lead)};
+      for_strips<A, kByLines>(n, lead, [&](const auto& strip) FASTNORM_INLINE_LAMBDA {
+        Vector<A> sum[strip.width][count];
+        load_sums(strip, sum, sums, r == 0);
+        repeat<2>([&](auto j) FASTNORM_INLINE_LAMBDA {
+          strip.each([&](auto v, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
+            const size_t at = (r + j) * stride + c;
+            if constexpr (std::is_same_v<decltype(how), Whole>)
+              add(r + j, at, c, readers[j].next(), how, sum[v]);
+            else
+              add(r + j, at, c, how.load(from + at), how, sum[v]);
+          });
+        });
+        store_sums(strip, sum, sums);
+      });
+    }
+    return r;
   }
 
   // Sums of all rows of a block of n channels: folded rows, then those left over, then the sum over a channel's
-  // columns. `by_lines`: where vectors of `block` lie in two lines each.
-  template <size_t together, size_t wide, bool by_lines = false, size_t count, class F>
-  FASTNORM_INLINE void sum_block(const T* block, const Unit& u, size_t n, size_t lead, A* const (&sums)[count],
-                                 const F& add) const {
+  // columns. `streamed`: the block comes from memory, and is read row by row.
+  template <size_t together, size_t count, class F>
+  FASTNORM_INLINE void sum_block(const T* block, const Unit& u, size_t n, size_t lead, bool streamed,
+                                 A* const (&sums)[count], const F& add) const {
     const size_t folded = u.rows / cut.fold, stride = row_length() * cut.fold, width = spread_length(n);
     if (folded == 0)
       for (size_t k = 0; k < count; ++k) std::fill_n(sums[k], width, A{});
-    if (by_lines && AlignedReader<T>::kAligned && u.row > 0 && stride >= kLanes<A> && splits_lines(block + lead))
-      sum_rows<together, wide, by_lines>(block, folded, stride, width, lead, sums, add, true);
-    else
-      sum_rows<together, wide, false>(block, folded, stride, width, lead, sums, add, true);
-    const size_t done = folded * stride;  // fewer rows than are folded are the beginning of a folded row
-    sum_rows<1, 1, false>(
-        block + done, u.rows % cut.fold > 0 ? 1 : 0, 0, u.rows % cut.fold * row_length(), lead, sums,
-        [&](size_t row, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
-            FASTNORM_INLINE_LAMBDA { add(row, done + at, c, value, how, sum); },
-        false);
+    size_t r = 0;
+    if constexpr (together == 1 && AlignedReader<T>::kAligned)
+      if (streamed && u.row > 0 && stride >= kLanes<A> && splits_lines(block + lead))
+        r = sum_by_lines(block, folded, stride, width, lead, sums, add);
+    const auto sum_from = [&](auto wide, auto some, size_t rows, size_t length) FASTNORM_INLINE_LAMBDA {
+      const size_t done = r * stride;
+      sum_rows<wide, some>(
+          block + done, rows, rows_at_once<together>(rows, streamed), stride, length, lead, sums,
+          [&](size_t row, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
+              FASTNORM_INLINE_LAMBDA { add(r + row, done + at, c, value, how, sum); },
+          r == 0 && folded > 0);
+    };
+    constexpr std::integral_constant<size_t, 1> one{};
+    // With more than two sums of each vector strips are half as wide, for as many registers.
+    sum_from(std::integral_constant<size_t, count == 2 ? kInRegisters : kInRegisters / 2>{},
+             std::integral_constant<size_t, together>{}, folded - r, width);
+    r = folded;  // fewer rows than are folded are the beginning of a folded row
+    if (u.rows % cut.fold > 0) sum_from(one, one, 1, u.rows % cut.fold * row_length());
     for (size_t k = 0; k < count; ++k) collapse(sums[k], n);
   }
 
@@ -296,14 +350,13 @@ struct Columns {
   // those being fetched; 0: none are.
   FASTNORM_INLINE void sum_around(const T* block, const Unit& u, size_t n, const A* pivots, A* sums, A* squares,
                                   size_t ahead) const {
-    sum_block<kSummedRows, 1>(block, u, n, lead(block), {sums, squares},
-                              [&](size_t, size_t at, size_t c, Vector<A> value, auto how, auto& sum)
-                                  FASTNORM_INLINE_LAMBDA {
-                                    if (ahead != 0) __builtin_prefetch(block + at + ahead);
-                                    const Vector<A> d = value - how.load(pivots + c);
-                                    sum[0] += d;
-                                    sum[1] = mul_add(d, d, sum[1]);
-                                  });
+    sum_block<kAddedUp>(block, u, n, lead(block), ahead != 0, {sums, squares},
+                        [&](size_t, size_t at, size_t c, Vector<A> value, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+                          if (ahead != 0) __builtin_prefetch(block + at + ahead);
+                          const Vector<A> d = value - how.load(pivots + c);
+                          sum[0] += d;
+                          sum[1] = mul_add(d, d, sum[1]);
+                        });
   }
 
   // As `block_moments`, for all channels of a slab at once.
@@ -350,24 +403,21 @@ struct Columns {
                           size_t ahead) const {
     const size_t block = u.row * row_length() + c0 * shape.inner;
     A *grads = workspace, *products = workspace + kPitch;
-    // Two threads, us, loaded as they lie and by lines, from L3: (1024, 1280) where dy begins elsewhere in a line
-    // than x 155 and 146, (4096, 320) 158 and 148; (1024, 1290) 174 and 165. Moments, of one array: no difference.
-    sum_block<kSummedTogether, 2, true>(
-        dy + block, u, c1 - c0, lead(x + block), {grads, products},
-        [&](size_t, size_t at, size_t c, Vector<A> grad, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
-          if (ahead != 0) {
-            __builtin_prefetch(dy + block + at + ahead);
-            __builtin_prefetch(x + block + at + ahead);
-          }
-          sum[0] += grad;
-          sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centres + c), sum[1]);
-        });
+    sum_block<1>(dy + block, u, c1 - c0, lead(x + block), ahead != 0, {grads, products},
+                 [&](size_t, size_t at, size_t c, Vector<A> grad, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
+                   if (ahead != 0) {
+                     __builtin_prefetch(dy + block + at + ahead);
+                     __builtin_prefetch(x + block + at + ahead);
+                   }
+                   sum[0] += grad;
+                   sum[1] = mul_add(grad, how.load(x + block + at) - how.load(centres + c), sum[1]);
+                 });
     return {grads, products};
   }
   // Those of channels [c0, c1) of a slab that is one block.
   BlockSums<A> block_sums(const T* dy, const T* x, size_t c0, size_t c1, const A* centres, A* workspace,
                           size_t ahead) const {
-    return block_sums(dy, x, unit_at(shape, cut, 0), c0, c1, centres, workspace + shift(x + c0 * shape.inner), ahead);
+    return block_sums(dy, x, unit_at(shape, cut, 0), c0, c1, centres, workspace, ahead);
   }
 
   // The same over group g, in doubles.
@@ -438,7 +488,7 @@ struct Columns {
     }
     const size_t wide = n * fold;
     if (!past_cache && n == length && wide <= kStripWidth)
-      return write_run((last - first) * length, step, start, out, line, value);
+      return write_all((last - first) * length, step, start, out, line, value);
     for (size_t c = 0, end; c < wide; c = end) {
       end = past_cache ? wide : std::min(wide, (c == 0 ? lead(out + start) : c) + kStripWidth);
       for (size_t r = first, at = start + c; r < last; r += fold, at += step) {
@@ -450,20 +500,25 @@ struct Columns {
     }
   }
 
-  // Rows of all channels are one run of `all` elements from offset `at` on: vectors of the output are whole across the
-  // ends of rows, whose coefficients follow one another, every `step` elements the same. Two threads, us, row by row
-  // and as one run: (600, 600) backward 48 and 43, GroupNorm (72, 5, 5, 200) 55 and 48. Aligned as the output where
-  // that aligns all, or where coefficients are many: else these are better aligned, since they are more than x, dy and
-  // dx. (4096, 200) backward 97 and 86, but (1024, 1290) 152 and 167.
+  // Rows of all channels, `all` elements from offset `at` on, coefficients being the same every `step` of them. Aligned
+  // as the output where that aligns all: one run of whole vectors across the ends of rows, whose coefficients follow
+  // one another. Else row by row, so that coefficients, which are more than x, dy and dx, are aligned: one core, us, as
+  // one run and so, backward of GroupNorm NHWC (1, 7, 7, 282) 2.0 and 1.3, (18, 5, 5, 1109) 116 and 108.
   template <class Line, class Value>
-  FASTNORM_INLINE void write_run(size_t all, size_t step, size_t at, T* out, const Line& line,
+  FASTNORM_INLINE void write_all(size_t all, size_t step, size_t at, T* out, const Line& line,
                                  const Value& value) const {
     constexpr size_t lanes = kLanes<A>;
     const auto write = [&](size_t i, size_t c, auto how)
                            FASTNORM_INLINE_LAMBDA { put(out + at + i, value(at + i, how, line(c, how)), how); };
-    const size_t skip = aligned_alike() || step > kAlignedStep ? begun_at(out + at, all) : 0;
-    size_t i = 0, row = 0;
-    if (skip > 0) write(0, 0, Part{i = lanes - skip});
+    const size_t skip = aligned_alike() ? begun_at(out + at, all) : 0;
+    if (skip == 0) {
+      for (size_t row = 0; row < all; row += step)
+        for_columns<A>(std::min(step, all - row),
+                       [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA { write(row + c, c, how); });
+      return;
+    }
+    size_t i = lanes - skip, row = 0;
+    write(0, 0, Part{i});
     for (; i + lanes <= all; row += step)
       for (const size_t end = std::min(row + step, all - lanes + 1); i < end; i += lanes) write(i, i - row, Whole{});
     if (i < all) write(i, i % step, Part{all - i});

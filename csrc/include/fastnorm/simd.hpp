@@ -517,17 +517,41 @@ FASTNORM_INLINE void for_vectors(size_t n, size_t begun, const F& f) {
   if (c < n) f(c, Part{n - c});
 }
 
-// The columns for `wide` vectors at a time, f(c, how, width), width as a constant; the last ones one at a time, and
-// before all others one of `lead` columns, fewer than a vector has.
+// Columns from c on, `wide` vectors of them, the last one loaded like `last` and the others whole.
+template <class A, size_t wide, class Last>
+struct Strip {
+  static constexpr size_t width = wide;
+  size_t c;
+  Last last;
+
+  // f(v, column, how) for each of its vectors, v as a constant.
+  template <class F>
+  FASTNORM_INLINE void each(const F& f) const {
+    repeat<width>([&](auto v) FASTNORM_INLINE_LAMBDA {
+      if constexpr (v + 1 == width)
+        f(v, c + v * kLanes<A>, last);
+      else
+        f(v, c + v * kLanes<A>, Whole{});
+    });
+  }
+};
+
+// f(strip) for columns [c, n): strips of `wide` vectors, then one of half as many where it is filled, and so on.
 template <class A, size_t wide, class F>
-FASTNORM_INLINE void for_columns(size_t n, size_t lead, const F& f) {
-  constexpr std::integral_constant<size_t, wide> together{};
-  constexpr std::integral_constant<size_t, 1> one{};
-  size_t c = std::min(lead, n);
-  if (c > 0) f(size_t{0}, Part{c}, one);
-  for (; c + wide * kLanes<A> <= n; c += wide * kLanes<A>) f(c, Whole{}, together);
-  for (; c + kLanes<A> <= n; c += kLanes<A>) f(c, Whole{}, one);
-  if (c < n) f(c, Part{n - c}, one);
+FASTNORM_INLINE void for_strips_from(size_t c, size_t n, const F& f) {
+  constexpr size_t lanes = kLanes<A>, others = (wide - 1) * lanes;
+  for (; c + wide * lanes <= n; c += wide * lanes) f(Strip<A, wide, Whole>{c, {}});
+  if (c + others < n)
+    f(Strip<A, wide, Part>{c, {n - c - others}});
+  else if constexpr (wide > 1)
+    for_strips_from<A, wide / 2>(c, n, f);
+}
+// For columns [0, n), the first `lead` of them, fewer than a vector has, as a strip of their own.
+template <class A, size_t wide, class F>
+FASTNORM_INLINE void for_strips(size_t n, size_t lead, const F& f) {
+  const size_t begun = std::min(lead, n);
+  if (begun > 0) f(Strip<A, 1, Part>{0, {begun}});
+  for_strips_from<A, wide>(begun, n, f);
 }
 
 template <class T, class How>
