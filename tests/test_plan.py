@@ -195,6 +195,18 @@ def test_small_samples_are_a_slab_together(direction):
     assert slab(10_000, 40, 40, 8) == 8, "of many positions, too"
 
 
+@pytest.mark.parametrize(("direction", "side"), [("forward", 45), ("backward", 37)])
+def test_one_statistic_of_runs_is_shared_by_all_threads(direction, side):
+    """One that a core's L2 holds, too."""
+
+    def shared(*shape, axis=1):
+        return fastnorm.plan("groupnorm", shape, groups=1, axis=axis, direction=direction, threads=2).shared
+
+    assert shared(1, 37, side, side)
+    assert not shared(1, 37, 20, 20), "too little to wake threads for"
+    assert not shared(1, side, side, 37, axis=-1), "columns, whose parts lie apart"
+
+
 def test_few_samples_of_runs_are_taken_in_parts_where_threads_would_wait():
     def slab(samples, *shape, **options):
         return fastnorm.plan("groupnorm", (samples, *shape), groups=32, threads=2, **options).slab

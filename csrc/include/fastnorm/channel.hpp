@@ -261,8 +261,7 @@ struct ChannelCall {
         groups() * parts,
         [&](size_t i, int worker) {
           const size_t at = i % parts * part;
-          if (at < width)
-            by_walk(s, at, std::min(part, width - at), [&](const Walked& w) { f(i / parts, w, worker); });
+          if (at < width) by_walk(s, at, std::min(part, width - at), [&](const Walked& w) { f(i / parts, w, worker); });
         },
         order);
   }
