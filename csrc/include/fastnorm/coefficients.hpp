@@ -84,7 +84,7 @@ FASTNORM_INLINE void by_statistic(size_t n, size_t span, const F& f) {
     return for_columns<double>(n, [&](size_t c, auto how) FASTNORM_INLINE_LAMBDA {
       f(c, how, [&](const double* values) FASTNORM_INLINE_LAMBDA { return how.load(values + c); });
     });
-  if (span <= kLanes<double>) {
+  if (span < kLanes<double>) {
     const Packing packing(span);
     return packing.for_vectors(n, [&](size_t i, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
       f(c, how, [&](const double* values) FASTNORM_INLINE_LAMBDA { return packing.load(values + i, how); });
@@ -100,10 +100,11 @@ struct TwoSums {
   Vector<double> a, b;
 };
 
-// The same with sums over each statistic of what f returns, one after the other in `to_a` and `to_b`.
+// The same with sums over each statistic of what f returns, one after the other in `to_a` and `to_b`: those of several
+// that a vector holds, or of two by half of the shuffles of each.
 template <class F>
 FASTNORM_INLINE void sum_by_statistic(size_t n, size_t span, double* to_a, double* to_b, const F& f) {
-  if (span <= kLanes<double>) {
+  if (span < kLanes<double>) {
     const Packing packing(span);
     return packing.for_vectors(n, [&](size_t i, size_t c, auto how) FASTNORM_INLINE_LAMBDA {
       const TwoSums own =
@@ -112,16 +113,26 @@ FASTNORM_INLINE void sum_by_statistic(size_t n, size_t span, double* to_a, doubl
       packing.put(to_b + i, packing.sums(own.b), how);
     });
   }
-  for (size_t i = 0; i < n; ++i) {
-    const auto of = [&](const double* values) FASTNORM_INLINE_LAMBDA { return broadcast(values[i]); };
-    Vector<double> a[4] = {}, b[4] = {};
-    sum_run<double>(span, [&](size_t k, auto how, int to) FASTNORM_INLINE_LAMBDA {
-      const TwoSums own = f(i * span + k, how, of);
-      a[to] += how.pick(own.a, Vector<double>{});
-      b[to] += how.pick(own.b, Vector<double>{});
+  for (size_t i = 0; i < n; i += 2) {
+    Vector<double> sums[4] = {};
+    repeat<2>([&](auto j) FASTNORM_INLINE_LAMBDA {
+      if (i + j == n) return;
+      const auto of = [&](const double* values) FASTNORM_INLINE_LAMBDA { return broadcast(values[i + j]); };
+      Vector<double> a[4] = {}, b[4] = {};
+      sum_run<double>(span, [&](size_t k, auto how, int to) FASTNORM_INLINE_LAMBDA {
+        const TwoSums own = f((i + j) * span + k, how, of);
+        a[to] += how.pick(own.a, Vector<double>{});
+        b[to] += how.pick(own.b, Vector<double>{});
+      });
+      sums[j] = combined(a);
+      sums[2 + j] = combined(b);
     });
-    to_a[i] = total<double>(combined(a));
-    to_b[i] = total<double>(combined(b));
+    const FourDoubles all = totals<double>(sums);
+    to_a[i] = all[0];
+    to_b[i] = all[2];
+    if (i + 1 == n) return;
+    to_a[i + 1] = all[1];
+    to_b[i + 1] = all[3];
   }
 }
 
