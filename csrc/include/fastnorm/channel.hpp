@@ -210,9 +210,9 @@ struct ChannelCall {
     return s;
   }
 
-  // Elements from those being summed to those being fetched, beyond the cache.
-  size_t summed_ahead(size_t width, size_t arrays) const {
-    return plan.stream ? geometry.summed_ahead(width >= channels(), arrays) : 0;
+  // Of a slab of so many channels.
+  Reading reading(size_t width, size_t arrays) const {
+    return plan.stream ? geometry.reading(width >= channels(), arrays) : Reading{};
   }
 
   // f(at, n) for channels [at, at + n) of the slab, all of them in parts that threads share: what is done once a
@@ -276,12 +276,13 @@ struct ChannelCall {
   }
   template <class Of, class Loop>
   void group_moments(const Of& of, size_t each, const Slab& s, Loop loop, A* workspace) const {
-    const size_t width = s.width() / each, ahead = summed_ahead(s.width(), 1);
+    const size_t width = s.width() / each;
+    const Reading how = reading(s.width(), 1);
     loop(of.cut.groups, [&](size_t g, int worker) {
       by_walk(s, [&](const Walked& w) {
         const size_t c = w.c / each, to = g * width + w.at / each;
         of.moments(x + w.elements, g, c, c + w.n / each, s.first + to, s.second + to,
-                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+                   workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, how);
       });
     });
   }
@@ -357,11 +358,12 @@ struct ChannelCall {
   // sum(dy) and sum(dy*(x - centre)) of each channel, by group.
   template <class Loop>
   void group_sums(const Slab& s, Loop loop, A* workspace) const {
-    const size_t width = s.width(), ahead = summed_ahead(width, 2);
+    const size_t width = s.width();
+    const Reading how = reading(width, 2);
     by_group(s, loop, Order::ascending, [&](size_t g, const Walked& w, int worker) {
       const size_t to = g * width + w.at;
       geometry.reduce(dy + w.elements, x + w.elements, g, w.c, w.c + w.n, s.k.centre + w.place, s.first + to,
-                      s.second + to, workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, ahead);
+                      s.second + to, workspace + static_cast<size_t>(worker) * Geometry::kWorkspace, how);
     });
   }
 
@@ -456,13 +458,14 @@ struct ChannelCall {
     });
     if constexpr (std::is_same_v<Loop, SerialLoop> && Geometry::kWorkspace > 0)
       if (geometry.is_block(walked_at_once(s.width()), s.width())) {
+        // As far into a vector as the first sample begins in memory.
         A* const own = workspace + static_cast<size_t>(loop.worker) * Geometry::kWorkspace +
                        geometry.shift(x + s.c0 * geometry.shape.inner);
-        const size_t ahead = summed_ahead(s.width(), 2);
+        const Reading how = reading(s.width(), 2);
         BlockSums<A> all{};  // those of a sample follow those of the one before
         by_walk(s, [&](const Walked& w) {
           const BlockSums<A> sums = geometry.block_sums(dy + w.elements, x + w.elements, w.c, w.c + w.n,
-                                                        s.k.centre + w.place, own + w.at, ahead);
+                                                        s.k.centre + w.place, own + w.at, how);
           if (w.at == 0) all = sums;
         });
         return then(0, s.width(), all);

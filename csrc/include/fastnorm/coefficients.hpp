@@ -317,6 +317,13 @@ inline void shared_coefficients(A* shift, A* slope, size_t n, const double* mean
   });
 }
 
+// How a pass of sums reads columns: row by row, as they come from memory, or a strip of columns of all rows at once;
+// and the elements from those being summed to those being fetched, of each array, 0 where none are.
+struct Reading {
+  bool by_rows;
+  size_t ahead;
+};
+
 // The first unit of group g and the number of units in it.
 inline size_t first_unit(const Cut& cut, size_t g) { return g * cut.per_group; }
 inline size_t last_unit(const Cut& cut, size_t g) { return std::min(cut.units, (g + 1) * cut.per_group); }

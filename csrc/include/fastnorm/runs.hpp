@@ -24,7 +24,7 @@ struct Runs {
   void spread(A* values, size_t n, size_t span = 1) const { repeat_each(values, values, n, span); }
   bool is_row() const { return shape.outer == 1; }
   size_t shift(const T*) const { return 0; }
-  size_t summed_ahead(bool, size_t) const { return 0; }
+  Reading reading(bool, size_t) const { return {}; }
 
   size_t place(const Unit& u, size_t c) const { return (u.row * shape.channels + c) * shape.inner + u.at; }
   size_t stride() const { return shape.channels * shape.inner; }
@@ -51,7 +51,7 @@ struct Runs {
 
   // mean and m2 of channels [c0, c1) over group g: `group_moments` of each, block by block, since channels
   // lie next to one another.
-  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A*, size_t) const {
+  void moments(const T* x, size_t g, size_t c0, size_t c1, double* mean, double* m2, A*, Reading) const {
     double n = 0;
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {
       const Unit u = unit_at(shape, cut, i);
@@ -197,7 +197,7 @@ struct Runs {
 
   // The same of channels [c0, c1) over group g.
   void reduce(const T* dy, const T* x, size_t g, size_t c0, size_t c1, const A* centres, double* sum_dy,
-              double* sum_dyx, A*, size_t) const {
+              double* sum_dyx, A*, Reading) const {
     std::fill_n(sum_dy, c1 - c0, 0.0);
     std::fill_n(sum_dyx, c1 - c0, 0.0);
     for (size_t i = first_unit(cut, g); i < last_unit(cut, g); ++i) {

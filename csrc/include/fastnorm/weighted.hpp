@@ -180,7 +180,7 @@ struct Weighted {
   FASTNORM_INLINE void sum_around(const T* block, const A* w, const Unit& u, size_t n, const A* pivots,
                                   const Sums<A*>& sums) const {
     Columns<T>{shape, cut}.template sum_block<Columns<T>::kAddedUp>(
-        block, u, n, 0, /*streamed=*/false, {sums.weight, sums.first, sums.square},
+        block, u, n, 0, /*by_rows=*/false, {sums.weight, sums.first, sums.square},
         [&](size_t row, size_t at, size_t c, V value, auto how, auto& sum) FASTNORM_INLINE_LAMBDA {
           const V weight = weight_at<by_element>(w, row, at, how);
           add({sum[0], sum[1], sum[2]}, weight, deviation(weight, value, how.load(pivots + c)));
